@@ -1,0 +1,326 @@
+"""The ORPO objective (arXiv 2403.07691), its gradient in closed form, and a fast road to both.
+
+For a prompt x, a chosen response y_w and a rejected one y_l, with m = |y|:
+
+    log P(y|x) = (1/m) sum_t log p(y_t | x, y_<t)                   (Eq. 3, length-normalised)
+    odds(y|x)  = P(y|x) / (1 - P(y|x))                              (Eq. 4)
+    L_OR       = -log sigmoid(log odds(y_w|x) - log odds(y_l|x))    (Eq. 7)
+    L_SFT      = -log P(y_w|x)                                      (Eq. 2, a mean over tokens)
+    L_ORPO     = E[L_SFT + lam * L_OR]                              (Eq. 6)
+
+Part 1 is the objective over mean log-probabilities, part 2 the plain road from logits to those,
+part 3 a fast road from hidden states that never keeps a (tokens x vocabulary) tensor. Part 2 is
+the definition; tests/test_orpo.py holds part 3 to it, and `make gradcheck` prints the comparison.
+
+Departures from the paper, each deliberate:
+
+1. The sign: Eq. 8-10 start from +log sigmoid, the ascent direction. Here it is the loss's.
+2. delta carries its inverse, delta = (1 + odds_w/odds_l)^-1 (Eq. 9), which common write-ups drop.
+3. L_SFT covers the tokens that `nll_weight` says: the chosen response, or all the tokens of prompt
+   and chosen. That is data, not a mode, so this file does not know the difference.
+4. The expectation is over the pairs of an optimizer step, whatever the micro-batches.
+5. At certainty (P = 1) loss and gradient are the limits, where public implementations give NaN.
+
+This file imports torch only: copy it into your project.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------
+# 1. The objective. There are only B numbers here, so everything is computed in float64: that
+#    costs nothing and a float32 caller gets every digit. (bf16 has 3 digits; -1e-8 matters.)
+
+LN2 = 0.6931471805599453
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays, everything else (float32, bf16, fp16) comes back as float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x <= 0, to full precision; -inf at 0. Differentiable for x < 0.
+
+    Shape: any. A value a rounding error above 0 counts as 0.
+    """
+    y = x.double().clamp(max=0)
+    near = y > -LN2  # which form keeps its digits changes at 1 - e^x = 1/2
+    # Each branch sees an input that is harmless to it: torch.where would choose the right value
+    # but multiply the gradient of the other branch by 0, and 0 * inf is NaN.
+    close = torch.log(-torch.expm1(torch.where(near, y, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, y)))
+    return torch.where(near, close, far).to(result_dtype(x))
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    """log P/(1-P) from log P (Eq. 4); +inf at P = 1. Differentiable for logps < 0. Shape: any."""
+    y = logps.double().clamp(max=0)
+    return (y - log1mexp(y)).to(result_dtype(logps))
+
+
+def _complement(logps: Tensor) -> Tensor:
+    """1 - P. Written 0 - expm1, because -expm1(0.) is -0.0, which turns +inf into -inf below."""
+    return 0 - torch.expm1(logps)
+
+
+def odds_ratio_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
+    """L_OR of each pair (Eq. 7): -log sigmoid(log odds_w - log odds_l). Differentiable.
+
+    chosen_logps, rejected_logps (B,): *mean* log-probabilities of the responses, <= 0.
+    Returns (B,). Its backward pass is `odds_ratio_grad`, right below: exact at certainty too.
+    """
+    return _OddsRatioLoss.apply(chosen_logps, rejected_logps)
+
+
+#   With a = log P_w, b = log P_l, u = 1 - P_w, v = 1 - P_l, and delta = 1 / (1 + odds_w/odds_l):
+#
+#       dL_OR/da = -delta / (1 - P_w)        dL_OR/db = +delta / (1 - P_l)
+#
+#   At P_w = 1 the first is 0 * inf although its limit is finite. Multiplied out and divided by P_l:
+#
+#       den = exp(a - b) * v + u             delta = u / den
+#       dL_OR/da = -1 / den                  dL_OR/db = (u / den) / v
+#
+#       P_w = 1, P_l < 1:  loss 0; derivatives -P_l/(1 - P_l) and 0
+#       P_l = 1, P_w < 1:  a true pole: loss and db are +inf, da = -1/(1 - P_w)
+#       both 1:            there is no limit; the odds ratio is taken as 1: loss ln 2, delta 1/2
+
+
+def odds_ratio_grad(chosen_logps: Tensor, rejected_logps: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of L_OR with respect to the two mean log-probabilities, each (B,)."""
+    a, b = chosen_logps.double().clamp(max=0), rejected_logps.double().clamp(max=0)
+    u, v = _complement(a), _complement(b)
+    den = torch.exp(a - b) * v + u
+    delta = torch.where(den == 0, 0.5, u / den)
+    dtype = result_dtype(chosen_logps)
+    return (-1 / den).to(dtype), (delta / v).to(dtype)
+
+
+def _odds_ratio_value(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
+    """L_OR = log(1 + q), q = odds_l/odds_w = exp(b - a) * u/v; or log q + log(1 + 1/q) where q > 1.
+
+    Formed so, and not as softplus of a difference of log odds, small losses keep their digits.
+    """
+    a, b = chosen_logps.double().clamp(max=0), rejected_logps.double().clamp(max=0)
+    u, v = _complement(a), _complement(b)
+    smaller = torch.exp(-(a - b).abs()) * torch.where(a > b, u / v, v / u)  # min(q, 1/q)
+    log_q = (b - a) + (u.log() - v.log())
+    loss = torch.log1p(smaller) + torch.where(a > b, 0.0, log_q)
+    return torch.where(a == b, LN2, loss).to(result_dtype(chosen_logps))
+
+
+class _OddsRatioLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, chosen_logps, rejected_logps):
+        ctx.save_for_backward(chosen_logps, rejected_logps)
+        return _odds_ratio_value(chosen_logps, rejected_logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # A pair that the caller left out has grad 0, and 0 * inf would be NaN.
+        pair = ctx.saved_tensors
+        grads = (torch.where(grad == 0, 0, grad * d) for d in odds_ratio_grad(*pair))
+        return tuple(g.to(x.dtype) for g, x in zip(grads, pair, strict=True))
+
+
+def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, lam: float = 0.1) -> Tensor:
+    """E[L_SFT + lam * L_OR] (Eq. 6), a scalar, from mean log-probabilities, each (B,).
+
+    lam is `beta` in TRL and `alpha` in the authors' code.
+    """
+    sft = -chosen_logps.to(result_dtype(chosen_logps)).mean()
+    if lam == 0:  # 0 * inf is NaN
+        return sft
+    return sft + lam * odds_ratio_loss(chosen_logps, rejected_logps).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The plain road: logits -> mean log-probabilities, by autograd.
+
+
+def response_logps(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean log-probability of each response, log P(y|x) of Eq. 3.
+
+    logits (B, T, V): row t predicts targets[:, t], so the caller has already shifted them.
+    targets (B, T): int64. mask (B, T): true at the tokens of the response, of which the mean is.
+    Returns (B,). Raises ValueError where a response has no token: a mean over nothing.
+    """
+    mask = mask.bool()
+    if not bool(mask.any(-1).all()):
+        raise ValueError("response_logps: a row of mask is empty, so its mean is undefined")
+    logps = torch.log_softmax(logits.to(result_dtype(logits)), dim=-1)  # (B, T, V)
+    logps = logps.gather(-1, targets[..., None]).squeeze(-1)  # -> (B, T)
+    return torch.where(mask, logps, 0).sum(-1) / mask.sum(-1)  # -> (B,)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The fast road: hidden states -> loss, with the gradient formed in the forward pass.
+#
+#    The derivative of the loss with respect to each token's log-probability is a known number as
+#    soon as its pair's two mean log-probabilities are. So a group of pairs at a time: logits,
+#    log-probabilities, one coefficient a token, and the logits become their own gradient in
+#    place. Three matrix products; nothing of size (tokens x vocabulary) outlives its group.
+
+
+class ORPOOutput(NamedTuple):
+    """Only `loss` carries a gradient. The two logps are means over the response."""
+
+    loss: Tensor  # (), this micro-batch's share of the step's E[L_SFT + lam * L_OR]
+    nll_loss: Tensor  # (), its share of the L_SFT term
+    odds_ratio_loss: Tensor  # (B,), L_OR of each pair
+    chosen_logps: Tensor  # (B,)
+    rejected_logps: Tensor  # (B,)
+
+
+def pair_groups(response: Tensor, group_tokens: int = 2048) -> list[tuple[int, int]]:
+    """Cuts rows 0..P into (start, stop) groups near group_tokens rows, never through a pair.
+
+    response (P,) as in `fused_linear_orpo`. Call it while response is still on the CPU: on a GPU
+    tensor this is a synchronisation. A pair longer than group_tokens is a group of its own.
+    """
+    pairs = [r // 2 for r in response.tolist()]  # a prompt row, -1, belongs to pair -1: no pair
+    last_row = {pair: row for row, pair in enumerate(pairs)}
+    groups, start, cut, open_until = [], 0, 0, -1
+    for row, pair in enumerate(pairs):
+        if row - start >= group_tokens and cut > start:
+            groups.append((start, cut))
+            start = cut
+        open_until = max(open_until, last_row[pair] if pair >= 0 else row)
+        if open_until == row:
+            cut = row + 1
+    return [*groups, (start, len(pairs))] if pairs else []
+
+
+def fused_linear_orpo(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    response: Tensor,
+    nll_weight: Tensor,
+    lam: float,
+    n_pairs: int,
+    lengths: Tensor | None = None,
+    groups: list[tuple[int, int]] | None = None,
+) -> ORPOOutput:
+    """ORPO from hidden states: sum_t nll_weight_t * -log p_t + lam/n_pairs * sum_pairs L_OR.
+
+    hidden (P, D): gathered so that row t predicts targets[t]. The last prompt token predicts the
+        first token of both responses, so its hidden state is there twice. Its dtype is that of
+        the matrix products; log-probabilities and sums are float32 or float64 in any case.
+    lm_head (V, D): the vocabulary projection, V >= 2; its gradient is accumulated in float32.
+    targets (P,): int64.
+    response (P,): int64, 2*pair for a chosen token, 2*pair+1 for a rejected one, -1 for a prompt
+        token (which only the SFT term can cover). Pairs are numbered from 0 in this micro-batch.
+    nll_weight (P,): weight of each token in L_SFT, e.g. 1/(n_pairs * m) on chosen tokens.
+    n_pairs: the pairs of the whole optimizer step, so that micro-batches simply add up.
+    lengths (2B,): m of each response, and groups (`pair_groups`): worked out from `response`
+        where not given, at the price of a CPU-GPU synchronisation.
+
+    Differentiable with respect to hidden and lm_head, once; without gradients it costs one matrix
+    product instead of three. Exact at certainty, from the logits up. Raises ValueError on shapes
+    that do not fit.
+    """
+    for name, x in (("targets", targets), ("response", response), ("nll_weight", nll_weight)):
+        if x.shape != hidden.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, hidden {tuple(hidden.shape)}")
+    if lm_head.dim() != 2 or lm_head.shape[1:] != hidden.shape[1:]:
+        raise ValueError(f"shape of lm_head {tuple(lm_head.shape)}, hidden {tuple(hidden.shape)}")
+    if lengths is None:
+        lengths = torch.bincount(response + 1, minlength=1)[1:]
+        if len(lengths) % 2 or not bool(lengths.all()):
+            raise ValueError(
+                f"response: every pair needs both its responses, got {lengths.tolist()}"
+            )
+    groups = pair_groups(response) if groups is None else groups
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
+    data = (targets, response, nll_weight, lam, n_pairs, lengths, groups)
+    return ORPOOutput(*_FusedLinearORPO.apply(hidden, lm_head, needs_grad, data))
+
+
+class _FusedLinearORPO(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, lm_head, needs_grad, data):
+        targets, response, nll_weight, lam, n_pairs, lengths, groups = data
+        n_responses = lengths.shape[0]
+        weight = lm_head.to(hidden.dtype)  # (V, D)
+        nll_weight = nll_weight.double()
+        lengths = lengths.double()
+        side = response.clamp(min=0)  # index of a token's response; prompt tokens are masked below
+        in_response = response >= 0
+        nll = hidden.new_zeros((), dtype=torch.float64)
+        sums = hidden.new_zeros(n_responses, dtype=torch.float64)  # sum_t log p_t of each response
+        if needs_grad:
+            grad_hidden = torch.empty_like(hidden)
+            grad_lm_head = torch.zeros_like(lm_head, dtype=result_dtype(lm_head))
+
+        for start, stop in groups:
+            rows = slice(start, stop)
+            h, target, s = hidden[rows], targets[rows, None], side[rows]
+
+            # log p_t. With r the logsumexp of the *other* logits, log p = log sigmoid(z - r) and
+            # 1 - p = sigmoid(r - z) keep their digits where a log-softmax would have rounded to 0.
+            z = (h @ weight.t()).to(result_dtype(hidden))  # (n, V), a very big tensor
+            target_z = z.gather(1, target)
+            others = z.scatter_(1, target, -torch.inf)
+            largest = others.amax(1, keepdim=True)
+            others.sub_(largest).exp_()
+            total = others.sum(1, keepdim=True)
+            lead = (target_z.double() - largest.double() - total.double().log()).squeeze(1)  # z - r
+            logps = F.logsigmoid(lead)  # (n,)
+            nll -= (nll_weight[rows] * logps).sum()
+            sums.index_add_(0, s, torch.where(in_response[rows], logps, 0))
+            if not needs_grad:
+                continue
+
+            # One coefficient a token, dLoss/d log p_t, times 1 - p_t. The second factor is taken
+            # in before anything else: a derivative of L_OR can be as large as 1/(1 - P), but
+            # (1 - p_t)/(1 - P) is at most m. (A pair is whole within a group; the mean of another
+            # group's pair is not final yet, and not used.)
+            doubt = torch.sigmoid(-lead)  # 1 - p_t
+            chosen, rejected = _mean_logps(sums, lengths)
+            d_response = torch.stack(odds_ratio_grad(chosen, rejected), dim=1).flatten()  # (2B,)
+            d_response = torch.where(in_response[rows], d_response[s] * doubt / lengths[s], 0)
+            coefficient = lam / n_pairs * d_response - nll_weight[rows] * doubt  # (n,)
+
+            # d log p_t / dz is (1 - p_t) * (1 at the target, -softmax of the others elsewhere).
+            others.mul_((-coefficient[:, None] / total).to(z.dtype))
+            grad_z = others.scatter_(1, target, coefficient[:, None].to(z.dtype)).to(h.dtype)
+            torch.mm(grad_z, weight, out=grad_hidden[rows])
+            grad_lm_head += _mm_float32(grad_z.t(), h)
+
+        chosen, rejected = _mean_logps(sums, lengths)
+        pair_losses = _odds_ratio_value(chosen, rejected)
+        loss = nll + lam / n_pairs * pair_losses.sum() if lam else nll
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_lm_head)
+            ctx.lm_head_dtype = lm_head.dtype
+        dtype = result_dtype(hidden)
+        outputs = tuple(x.to(dtype) for x in (loss, nll, pair_losses, chosen, rejected))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        grad_hidden, grad_lm_head = ctx.saved_tensors
+        grad_lm_head = (grad * grad_lm_head).to(ctx.lm_head_dtype)
+        return (grad * grad_hidden).to(grad_hidden.dtype), grad_lm_head, None, None
+
+
+def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(2B,) sums -> (B,) chosen and (B,) rejected means, held a hair below certainty.
+
+    Beyond a lead of 700 nats even 1 - P underflows; with this floor every ratio stays finite.
+    """
+    means = (sums / lengths).clamp(max=-torch.finfo(sums.dtype).tiny)
+    return means[0::2], means[1::2]
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, rounded no lower than float32 where the device's kernel can hand out its sums."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
