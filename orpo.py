@@ -167,7 +167,7 @@ def response_logps(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 
 class ORPOOutput(NamedTuple):
-    """Only `loss` carries a gradient. The two logps are means over the response."""
+    """Only `loss` carries a gradient. The rest is float64, and the two logps are means."""
 
     loss: Tensor  # (), this micro-batch's share of the step's E[L_SFT + lam * L_OR]
     nll_loss: Tensor  # (), its share of the L_SFT term
@@ -298,10 +298,9 @@ class _FusedLinearORPO(torch.autograd.Function):
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_lm_head)
             ctx.lm_head_dtype = lm_head.dtype
-        dtype = result_dtype(hidden)
-        outputs = tuple(x.to(dtype) for x in (loss, nll, pair_losses, chosen, rejected))
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        outputs = nll, pair_losses, chosen, rejected
+        ctx.mark_non_differentiable(*outputs)
+        return loss.to(result_dtype(hidden)), *outputs
 
     @staticmethod
     def backward(ctx, grad, *_):
