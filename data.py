@@ -306,7 +306,7 @@ _NO_DUMMY_PREFIX_KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class SentencePieceTokenizer:
-    """sentencepiece's own segmentation, with special tokens and chat template as in transformers."""
+    """sentencepiece's segmentation; special tokens and chat template as in transformers."""
 
     def __init__(self, file: Path):
         model = file.read_bytes()

@@ -1,0 +1,596 @@
+"""Aligns a base model with ORPO.
+
+    python train.py                                        the built-in job (minutes on a laptop)
+    python train.py --model DIR --data FILE --eval-data FILE --out OUT
+    python train.py ... --resume                           goes on after an interruption
+    python train.py --model DIR --eval-data FILE --eval-only
+
+What runs in which dtype:
+
+                                               --dtype float32    --dtype bfloat16
+    master weights, gradients, Adam's moments  float32            float32
+    residual stream, matrix products           float32            bfloat16 (a weight is cast where
+                                                                  it is used)
+    norms, rotary angles, log-softmax          float32            float32
+    the loss's scalars, one a token or pair    float64            float64
+    sum of lm_head's gradient over groups      float32            float32
+
+There is no dropout, whatever the checkpoint's config says (TRL switches it off too).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from data import Batch, Pair
+from model import Segments, Transformer, to_device
+from orpo import fused_linear_orpo, log_odds, pair_groups
+
+BUILTIN = Path(__file__).parent / "examples" / "facts" / "train.json"
+BUILTIN_OUT = Path("out") / "builtin"
+TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    "generation_config.json",
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings. A field is a flag; a JSON config holds the same names.
+
+
+def flag(group: str, default, help: str, **more):
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **more})
+
+
+@dataclass
+class TrainConfig:
+    model: str = flag("input and output", None, "folder of a Hugging Face checkpoint")
+    data: str = flag("input and output", None, "preference pairs, JSON Lines")
+    eval_data: str = flag("input and output", None, "held-out pairs")
+    out: str = flag("input and output", None, "folder for metrics, checkpoints and the model")
+    lam: float = flag("objective", 0.1, "weight of L_OR (TRL's beta)", least=0)
+    sft_loss: str = flag(
+        "objective", "response", "tokens under L_SFT; full: as TRL", choices=("response", "full")
+    )
+    lr: float = flag("optimizer", 8e-6, "peak learning rate of AdamW", least=0)
+    lr_schedule: str = flag(
+        "optimizer", "cosine", "after warm-up", choices=("cosine", "linear", "constant")
+    )
+    warmup_steps: int = flag("optimizer", 10, "linear warm-up", least=0)
+    weight_decay: float = flag("optimizer", 0.0, "of matrices", least=0)
+    grad_clip: float = flag("optimizer", 1.0, "largest gradient norm; 0: off", least=0)
+    adam_beta1: float = flag("optimizer", 0.9, "", least=0, below=1)
+    adam_beta2: float = flag("optimizer", 0.999, "", least=0, below=1)
+    epochs: int = flag("length", 1, "passes over the pairs", least=1)
+    max_steps: int = flag("length", None, "updates; decides alone where given", least=1)
+    batch_size: int = flag("length", 32, "pairs a step", least=1)
+    micro_batch_tokens: int = flag("memory", 8192, "packed tokens at a time", least=1)
+    max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
+    max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
+    seed: int = flag("run", 42, "of order and sampling", least=0)
+    device: str = flag("run", None, "cpu, cuda, cuda:1 (default: cuda if there is one)")
+    dtype: str = flag(
+        "run",
+        None,
+        "of matrix products (default: bfloat16 on cuda, else float32)",
+        choices=("float32", "bfloat16"),
+    )
+    log_every: int = flag("run", 1, "steps between rows of metrics", least=1)
+    eval_every: int = flag("run", 0, "steps; 0: first and last only", least=0)
+    save_every: int = flag("run", 500, "steps between checkpoints; 0: none", least=0)
+    resume: bool = flag("run", False, "from the newest checkpoint in --out")
+    eval_only: bool = flag("run", False, "evaluate --model on --eval-data")
+
+    def check(self, source: str = ""):
+        """Raises ValueError with the first flag whose value is of the wrong type or range."""
+        for f in dataclasses.fields(self):
+            value, name = getattr(self, f.name), source + "--" + f.name.replace("_", "-")
+            if value is None:
+                continue
+            wanted = (int, float) if f.type is float else f.type
+            if not isinstance(value, wanted) or (isinstance(value, bool) and f.type is not bool):
+                raise ValueError(f"{name} must be {f.type.__name__}, not {value!r}")
+            meta = f.metadata
+            if "choices" in meta and value not in meta["choices"]:
+                raise ValueError(f"{name} must be one of {meta['choices']}, not {value!r}")
+            if "least" in meta and not meta["least"] <= value < meta.get("below", math.inf):
+                below = f" and below {meta['below']}" if "below" in meta else ""
+                raise ValueError(f"{name} must be at least {meta['least']}{below}, not {value}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # without the dump of the usage
+        raise ValueError(f"{message} (see python train.py --help)")
+
+
+def parse(argv: list[str] | None) -> TrainConfig:
+    """Flags over --config over defaults. Raises ValueError, FileNotFoundError."""
+    parser = Parser(
+        prog="train.py",
+        description="Align a base model with ORPO. Without --model and --data: the built-in job.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
+    )
+    groups = {}
+    for f in dataclasses.fields(TrainConfig):
+        group = f.metadata["group"]
+        groups.setdefault(group, parser.add_argument_group(group))
+        shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
+        options = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
+        if f.type is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = f.type
+            options["metavar"] = f.type.__name__.upper() if "choices" not in f.metadata else None
+            options["choices"] = f.metadata.get("choices")
+        groups[group].add_argument("--" + f.name.replace("_", "-"), **options)
+    groups["input and output"].add_argument(
+        "--config", metavar="FILE", help="JSON of these names; its paths are relative to it"
+    )
+    given = vars(parser.parse_args(argv))
+    config_file = given.pop("config")
+    if config_file is None and not {"model", "data"} & set(given):
+        config_file = BUILTIN
+    settings = {}
+    if config_file is not None:
+        file = Path(config_file)
+        settings = read_config(file)
+        if file.resolve() == BUILTIN.resolve():
+            settings.setdefault("out", str(BUILTIN_OUT))
+    config = TrainConfig(**(settings | given))
+    config.check()
+    needed = ("model", "eval_data") if config.eval_only else ("model", "data", "out")
+    for name in needed:
+        if getattr(config, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')} is needed (see python train.py --help)")
+    return config
+
+
+def read_config(file: Path) -> dict:
+    """A JSON object of flag names, its paths made relative to the current folder."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; --config takes a JSON file of flags")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    unknown = set(settings) - set(names) if isinstance(settings, dict) else {"(not an object)"}
+    if unknown:
+        raise ValueError(
+            f"{file}: unknown: {', '.join(sorted(unknown))}; known: {', '.join(names)}"
+        )
+    for name in ("model", "data", "eval_data", "out"):
+        if isinstance(settings.get(name), str):
+            settings[name] = os.path.relpath(file.parent / settings[name])
+    TrainConfig(**settings).check(f"{file}: ")
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------
+# The parts of a step.
+
+
+def lr_at(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of update `step` (1 is the first): a function of the step alone."""
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return config.lr * step / warmup
+    progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after warm-up
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return config.lr * decay[config.lr_schedule]
+
+
+def step_pairs(pairs: list[Pair], step: int, config: TrainConfig) -> list[Pair]:
+    """The pairs of update `step`: a function of (seed, step), so resuming needs no other state."""
+    epoch, i = divmod(step - 1, math.ceil(len(pairs) / config.batch_size))
+    indices = data.order(len(pairs), config.seed, epoch)
+    return [pairs[k] for k in indices[i * config.batch_size :][: config.batch_size]]
+
+
+def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
+    """The loss of one micro-batch, as its share of a step of n_pairs."""
+    groups = pair_groups(batch.response)  # here, while it is still on the host
+    segments = Segments.packed(batch.lengths, device)
+    b = Batch(batch.lengths, *(to_device(x, device) for x in batch[1:]))
+    hidden = model.hidden_states(b.tokens, b.positions, segments)  # (N, D)
+    return fused_linear_orpo(
+        hidden.index_select(0, b.predict),
+        model.lm_head_weight,
+        b.targets,
+        b.response,
+        b.nll_weight,
+        lam,
+        n_pairs,
+        b.response_lengths,
+        groups,
+    )
+
+
+def metrics_of(outputs: list, lam: float) -> dict[str, torch.Tensor]:
+    """A step's metrics, under the names that TRL's users know, still on the device."""
+    chosen = torch.cat([o.chosen_logps for o in outputs])
+    rejected = torch.cat([o.rejected_logps for o in outputs])
+    pair_losses = torch.cat([o.odds_ratio_loss for o in outputs])
+    return {
+        "loss": torch.stack([o.loss.detach().double() for o in outputs]).sum(),
+        "nll_loss": torch.stack([o.nll_loss for o in outputs]).sum(),
+        "log_odds_ratio": -pair_losses.mean(),  # TRL's name: the mean log *sigmoid* of the ...
+        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).mean(),  # ... log odds ratio
+        "rewards/chosen": lam * chosen.mean(),
+        "rewards/rejected": lam * rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).double().mean(),
+        "rewards/margins": lam * (chosen - rejected).mean(),
+        "logps/chosen": chosen.mean(),  # mean over a response's tokens, then over pairs
+        "logps/rejected": rejected.mean(),
+    }
+
+
+def to_host(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """One device-to-host copy for all of them: this is the step's only CPU-GPU sync point."""
+    values = torch.stack([x.double() for x in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+@torch.no_grad()
+def evaluate(model, pairs: list[Pair], config: TrainConfig, device) -> dict[str, float]:
+    """The metrics over all of an evaluation set, normalised over all of it, as eval_*."""
+    batches = data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss)
+    outputs = [forward(model, b, config.lam, len(pairs), device) for b in batches]
+    return {f"eval_{k}": v for k, v in to_host(metrics_of(outputs, config.lam)).items()}
+
+
+def answers(
+    model, tokenizer, prompts: list[list[int]], max_new: int, device, **sampling
+) -> list[str]:
+    """The model's answer to each prompt, as text: prompts of one length go together."""
+    texts = {}
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    start = 0
+    for i in range(len(by_length) + 1):
+        length = len(prompts[by_length[start]]) if prompts else 0
+        if i < len(by_length) and len(prompts[by_length[i]]) == length and i - start < 256:
+            continue
+        rows = by_length[start:i]
+        tokens = torch.tensor([prompts[k] for k in rows], device=device)
+        new = min(max_new, model.config.max_seq_len - length)
+        out = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
+        for k, ids in zip(rows, out[:, length:].tolist(), strict=True):
+            if tokenizer.eos_id in ids:
+                ids = ids[: ids.index(tokenizer.eos_id)]
+            texts[k] = tokenizer.decode(ids).strip()
+        start = i
+    return [texts[k] for k in range(len(prompts))]
+
+
+def accepted(model, tokenizer, pairs, rows, seed: int, device) -> dict[str, float]:
+    """Where rows list the answers that they accept: the share of the model's that is among them."""
+    asked = [(p, r) for p, r in zip(pairs, rows, strict=True) if r.accept is not None]
+    if not asked:
+        return {}
+    prompts = [pair.prompt for pair, _ in asked]
+    longest = 2 * max(max(len(p.chosen), len(p.rejected)) for p, _ in asked)
+    shares = {}
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        generator = torch.Generator(device).manual_seed(seed)
+        texts = answers(
+            model, tokenizer, prompts, longest, device, temperature=temperature, generator=generator
+        )
+        good = [text in row.accept for text, (_, row) in zip(texts, asked, strict=True)]
+        shares[f"eval_accepted/{name}"] = sum(good) / len(good)
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: a folder a step, written beside, then renamed; the newest complete one wins.
+
+
+def save_checkpoint(out: Path, step: int, model, optimizer, config: TrainConfig):
+    folder = out / "checkpoints"
+    temporary, final = folder / "unfinished", folder / f"step-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"step": step, "config": dataclasses.asdict(config)}
+    torch.save(state, temporary / "state.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in sorted(folder.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
+    """Restores the newest checkpoint and returns its step; 0 where there is none yet."""
+    found = sorted((out / "checkpoints").glob("step-*"))
+    if not found:
+        return 0
+    file = found[-1] / "state.pt"
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    now, then = dataclasses.asdict(config), state["config"]
+    for name in now:
+        if name not in ("resume", "eval_only", "device") and now[name] != then.get(name):
+            raise ValueError(
+                f"--resume: {name} was {then.get(name)!r} in {file}, now {now[name]!r}"
+            )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def cut_metrics(file: Path, step: int, keep_step_0: bool):
+    """Drops the rows past a checkpoint's step, and a last one that was half written."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step and keep_step_0:
+            kept.append(line + "\n")
+    file.write_text("".join(kept), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# A run.
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """Sets config.device and config.dtype where they are left open. Raises ValueError."""
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ValueError(f"--device {config.device}: unknown; cpu, cuda, cuda:1 ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {config.device}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise ValueError(f"--device {config.device}: this machine shows {n} CUDA devices")
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return device
+
+
+def load_inputs(config: TrainConfig, device):
+    """Model, tokenizer, and the (pairs, rows) to train and to evaluate on; prints what was read."""
+    model = Transformer.from_pretrained(config.model, device=device, dtype=torch.float32)
+    model.compute_dtype = getattr(torch, config.dtype)
+    tokenizer = data.load_tokenizer(config.model)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+            f"the embedding only {model.config.vocab_size} rows"
+        )
+    config.max_length = min(config.max_length, model.config.max_seq_len)
+    n = sum(p.numel() for p in model.parameters())
+    print(f"model    {config.model}: {n:,} parameters, stored as {model.config.dtype}")
+    print(f"         float32 weights, products in {config.dtype}, on {config.device}")
+    sets = []
+    for name, file in (("train", config.data), ("eval", config.eval_data)):
+        if file is None or (name == "train" and config.eval_only):
+            sets.append(([], []))
+            continue
+        rows = data.load_preferences(file)
+        try:
+            pairs, kept, dropped = data.encode_rows(
+                tokenizer, rows, config.max_length, config.max_prompt_length
+            )
+        except ValueError as error:
+            raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
+        mean = [sum(pair.lengths[i] for pair in pairs) / len(pairs) for i in range(3)]
+        print(
+            f"{name:<8} {file}: {len(pairs)} pairs of {len(rows)}; dropped: {data.describe(dropped)}"
+        )
+        print("         mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*mean))
+        sets.append((pairs, kept))
+    return model, tokenizer, *sets
+
+
+def estimate_memory(model: Transformer, n_tokens: int, n_predicted: int) -> tuple[int, int]:
+    """Bytes: (weights, gradients, Adam's moments), (activations of a micro-batch at their peak)."""
+    c = model.config
+    size = torch.finfo(model.compute_dtype).bits // 8
+    n_parameters = sum(p.numel() for p in model.parameters())
+    # Kept for the backward pass, a token a layer: residuals and norms, q k v before and after
+    # rotary and gathering, the attention's output, and the MLP's four wide tensors.
+    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    a_layer = 6 * c.dim + 3 * heads + 6 * kv + 4 * c.hidden_dim
+    activations = n_tokens * c.n_layers * a_layer * size
+    rows = min(n_predicted, 2048)  # orpo.pair_groups
+    lm_head = 2 * c.vocab_size * c.dim * 4 + 2 * rows * c.vocab_size * 4
+    return 16 * n_parameters, activations + lm_head
+
+
+def train(config: TrainConfig):
+    """One run, from the plan that is printed to the model that is saved."""
+    # -- set up ------------------------------------------------------------------------------
+    device = pick_device(config)
+    out = None if config.out is None else Path(config.out)
+    metrics_file = None if out is None else out / "metrics.jsonl"
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; a folder is needed")
+    if metrics_file and metrics_file.exists() and not config.resume and not config.eval_only:
+        if out != BUILTIN_OUT:
+            raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
+        shutil.rmtree(out)
+    torch.manual_seed(config.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # float32 products by tf32
+    model, tokenizer, (pairs, rows), (eval_pairs, eval_rows) = load_inputs(config, device)
+
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=1e-8,
+        fused=True,
+    )
+
+    def report(row: dict, step: int):
+        with open(metrics_file, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **row}) + "\n")
+
+    def full_evaluation(step: int) -> dict[str, float]:
+        row = evaluate(model, eval_pairs, config, device)
+        row |= accepted(model, tokenizer, eval_pairs, eval_rows, config.seed + step, device)
+        return row
+
+    if config.eval_only:
+        row = full_evaluation(0)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            report(row, 0)
+        return print(json.dumps(row))
+
+    # -- the plan ----------------------------------------------------------------------------
+    steps_an_epoch = math.ceil(len(pairs) / config.batch_size)
+    total = config.max_steps or config.epochs * steps_an_epoch
+    parts = [
+        part
+        for step in range(1, min(total, config.epochs * steps_an_epoch) + 1)
+        for part in data.cut(step_pairs(pairs, step, config), config.micro_batch_tokens)
+    ]
+    largest = max(parts, key=lambda part: sum(sum(pair.lengths) for pair in part))
+    n_largest = sum(sum(pair.lengths) for pair in largest)
+    fixed, varying = estimate_memory(model, n_largest, sum(sum(p.lengths[1:]) for p in largest))
+    print(
+        f"steps    {total} of {config.batch_size} pairs ({steps_an_epoch} an epoch), "
+        f"{len(parts) / total:.1f} micro-batches a step, the largest of {n_largest} tokens\n"
+        f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
+        f"({config.lr_schedule}, {config.warmup_steps} warm-up), seed {config.seed}\n"
+        f"memory   about {fixed / 2**30:.2f} GB of weights, gradients and moments, and "
+        f"{varying / 2**30:.2f} GB for the largest micro-batch"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
+    cut_metrics(metrics_file, first - 1, keep_step_0=first > 1)
+    settings = dataclasses.asdict(config) | {"resume": False}
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    # The run's largest micro-batch, tried without an update: out of memory comes now or never.
+    try:
+        for batch in data.micro_batches(largest, n_largest, config.sft_loss):
+            forward(model, batch, config.lam, len(largest), device).loss.backward()
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"the largest micro-batch, {n_largest} tokens, does not fit {config.device}; "
+            f"lower --micro-batch-tokens ({config.micro_batch_tokens}) or --max-length"
+        ) from None
+    optimizer.zero_grad(set_to_none=True)
+
+    shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
+    answers_before = answers(model, tokenizer, shown, 64, device)
+    if eval_pairs and first == 1:
+        report(full_evaluation(0), 0)
+
+    # -- the loop ----------------------------------------------------------------------------
+    bar = tqdm(range(first, total + 1), initial=first - 1, total=total, unit="step", disable=None)
+    clock, n_tokens = time.perf_counter(), 0
+    for step in bar:
+        lr = lr_at(step, total, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        members = step_pairs(pairs, step, config)
+        outputs = []
+        for batch in data.micro_batches(members, config.micro_batch_tokens, config.sft_loss):
+            output = forward(model, batch, config.lam, len(members), device)
+            output.loss.backward()  # a plain sum: every normaliser is the whole step's
+            outputs.append(output)
+            n_tokens += len(batch.tokens)
+        clip = config.grad_clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        if step % config.log_every == 0 or step == total:
+            row = to_host(metrics_of(outputs, config.lam) | {"grad_norm": grad_norm})
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise ValueError(f"step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}")
+            row |= {"learning_rate": lr, "epoch": step / steps_an_epoch}
+            row["tokens_per_second"] = n_tokens / (time.perf_counter() - clock)
+            row["peak_memory_gb"] = peak_memory_gb(device)
+            report(row, step)
+            bar.set_postfix_str(
+                "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
+                "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
+            )
+            clock, n_tokens = time.perf_counter(), 0
+
+        # Once in a while, with the clock stopped.
+        pause = time.perf_counter()
+        if eval_pairs and (step == total or (config.eval_every and step % config.eval_every == 0)):
+            report(full_evaluation(step), step)
+        if config.save_every and step % config.save_every == 0:
+            save_checkpoint(out, step, model, optimizer, config)
+        clock += time.perf_counter() - pause
+
+    # -- hand back ---------------------------------------------------------------------------
+    save_model(model, tokenizer, rows, config, out / "model")
+    print_changes(metrics_file, total)
+    for prompt, before, after in zip(
+        shown, answers_before, answers(model, tokenizer, shown, 64, device), strict=True
+    ):
+        print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")
+    print(f"\nwrote {out}/metrics.jsonl and {out}/model, which transformers and vLLM load")
+
+
+def peak_memory_gb(device) -> float:
+    """GB (2^30) at the most so far: of CUDA's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
+
+
+def save_model(model: Transformer, tokenizer, rows, config: TrainConfig, folder: Path):
+    """The trained model as a Hugging Face folder, in the dtype that the checkpoint had."""
+    model.save_pretrained(folder, dtype=getattr(torch, model.config.dtype))
+    for name in TOKENIZER_FILES:
+        if (Path(config.model) / name).is_file():
+            shutil.copyfile(Path(config.model) / name, folder / name)
+    # Trained on messages by a template of ours: whoever chats with the model needs it too.
+    if tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE and isinstance(rows[0].prompt, list):
+        (folder / "chat_template.jinja").write_text(data.AUTHORS_CHAT_TEMPLATE, encoding="utf-8")
+
+
+def print_changes(metrics_file: Path, total: int):
+    """The evaluation before and after, side by side, from the rows that were written."""
+    rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    evaluations = {row["step"]: row for row in rows if "eval_loss" in row}
+    if 0 in evaluations and total in evaluations:
+        print(f"\n{'held out':<28}{'before':>10}{'after':>10}")
+        for name in evaluations[0]:
+            if name != "step":
+                before, after = evaluations[0][name], evaluations[total][name]
+                print(f"{name:<28}{before:>10.4f}{after:>10.4f}")
+
+
+def main(argv=None):
+    try:
+        train(parse(argv))
+    except (OSError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
