@@ -41,19 +41,18 @@ class ModelConfig:
     dim: int  # D, width of the residual stream
     n_layers: int
     n_heads: int  # H
-    n_kv_heads: int  # K, divides H; each serves H/K query heads
     hidden_dim: int  # width inside the MLP
+    n_kv_heads: int = 0  # K, divides H: each serves H/K query heads; 0 means H
     head_dim: int = 0  # d; 0 means dim / n_heads
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_seq_len: int = 2048  # the context the model was made for
     tie_embeddings: bool = False  # lm_head is the embedding matrix
     dtype: str = "float32"  # how the checkpoint stores its weights
-    source: dict = field(
-        default_factory=dict, repr=False
-    )  # config.json as read: what we do not use
+    source: dict = field(default_factory=dict, repr=False)  # config.json as it was read
 
     def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads do not share {self.n_kv_heads} key/value heads")
@@ -64,61 +63,53 @@ class ModelConfig:
     def from_json(cls, path) -> "ModelConfig":
         """Reads a Hugging Face config.json, old keys or new. Raises ValueError with the path."""
         path = Path(path)
-        c = read_json(path)
-        if c.get("model_type") != "llama":
-            raise ValueError(f"{path}: model_type {c.get('model_type')!r}; supported: 'llama'")
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        refused = {
-            "hidden_act": c.get("hidden_act", "silu") != "silu",
-            "attention_bias": bool(c.get("attention_bias")),
-            "mlp_bias": bool(c.get("mlp_bias")),
-            "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-        }
-        for key, is_refused in refused.items():
-            if is_refused:
-                raise ValueError(f"{path}: {key} = {c.get(key, rope)!r} is not supported")
+        source = read_json(path)
+        if source.get("model_type") != "llama":
+            raise ValueError(f"{path}: model_type {source.get('model_type')!r}; supported: 'llama'")
+        rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+        # transformers 5 renamed two keys; the old ones go first, as most checkpoints have them.
+        c = {"torch_dtype": source.get("dtype"), "rope_theta": rope.get("rope_theta")}
+        c |= {"rope_type": rope.get("rope_type", rope.get("type"))}
+        c |= {key: value for key, value in source.items() if value is not None}
+        for key, supported in FIXED_KEYS.items():
+            if (c.get(key) or supported) != supported:
+                raise ValueError(f"{path}: {key} {c[key]!r} is not supported, only {supported!r}")
+        for key in list(CONFIG_KEYS.values())[:5]:
+            if c.get(key) is None:
+                raise ValueError(f"{path}: key {key!r} is missing")
+        ours = {name: c[key] for name, key in CONFIG_KEYS.items() if c.get(key) is not None}
         try:
-            n_heads = c["num_attention_heads"]
-            return cls(
-                vocab_size=c["vocab_size"],
-                dim=c["hidden_size"],
-                n_layers=c["num_hidden_layers"],
-                n_heads=n_heads,
-                n_kv_heads=c.get("num_key_value_heads") or n_heads,
-                hidden_dim=c["intermediate_size"],
-                head_dim=c.get("head_dim") or 0,
-                norm_eps=c.get("rms_norm_eps", 1e-6),
-                rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
-                max_seq_len=c.get("max_position_embeddings", 2048),
-                tie_embeddings=c.get("tie_word_embeddings", False),
-                dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
-                source=c,
-            )
-        except KeyError as key:
-            raise ValueError(f"{path}: key {key} is missing") from None
+            return cls(**ours, source=source)
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self) -> dict:
         """The config.json to save: what was read, under the keys that every reader knows."""
         kept = {k: v for k, v in self.source.items() if k not in ("rope_parameters", "dtype")}
-        return kept | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.dim,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
-            "intermediate_size": self.hidden_dim,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,
-            "max_position_embeddings": self.max_seq_len,
-            "tie_word_embeddings": self.tie_embeddings,
-            "torch_dtype": self.dtype,
-        }
+        kept |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        return kept | {key: getattr(self, name) for name, key in CONFIG_KEYS.items()}
+
+
+CONFIG_KEYS = {  # ours: Hugging Face's
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "max_seq_len": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+    "dtype": "torch_dtype",
+}
+FIXED_KEYS = {  # what the architecture below does not vary
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_type": "default",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -223,14 +214,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The same by scaled_dot_product_attention, neighbours of equal lengths in one call."""
-    outs, q_start, k_start = [], 0, 0
-    for (q_len, k_len), same in itertools.groupby(
-        zip(segments.q_lens, segments.k_lens, strict=True)
-    ):
-        n = len(list(same))
-        q_stop, k_stop = q_start + n * q_len, k_start + n * k_len
-        qs = q[q_start:q_stop].unflatten(0, (n, q_len)).transpose(1, 2)  # (n, H, q_len, d)
-        ks, vs = (x[k_start:k_stop].unflatten(0, (n, k_len)).transpose(1, 2) for x in (k, v))
+    runs = [
+        (*lens, len(list(same)))
+        for lens, same in itertools.groupby(zip(segments.q_lens, segments.k_lens, strict=True))
+    ]
+    # split and not slices: the backward pass of a slice writes a whole tensor of zeros
+    q_runs = q.split([q_len * n for q_len, _, n in runs])
+    k_runs, v_runs = (x.split([k_len * n for _, k_len, n in runs]) for x in (k, v))
+    outs = []
+    for (q_len, k_len, n), *qkv in zip(runs, q_runs, k_runs, v_runs, strict=True):
+        qs, ks, vs = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv)  # (n, heads, len, d)
         # One query sees every key. is_causal means top-left, right only where lengths agree.
         square, mask = q_len == k_len, None
         if not square and q_len > 1:
@@ -239,7 +232,6 @@ def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -
             qs, ks, vs, attn_mask=mask, is_causal=square and q_len > 1, enable_gqa=True
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))  # (n * q_len, H, d)
-        q_start, k_start = q_stop, k_stop
     return torch.cat(outs) if outs else q
 
 

@@ -20,6 +20,7 @@ There is no dropout, whatever the checkpoint's config says (TRL switches it off 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -256,27 +257,20 @@ def evaluate(model, pairs: list[Pair], config: TrainConfig, device) -> dict[str,
     return {f"eval_{k}": v for k, v in to_host(metrics_of(outputs, config.lam)).items()}
 
 
-def answers(
-    model, tokenizer, prompts: list[list[int]], max_new: int, device, **sampling
-) -> list[str]:
+def answers(model, tokenizer, prompts: list[list[int]], max_new: int, device, **sampling):
     """The model's answer to each prompt, as text: prompts of one length go together."""
     texts = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    start = 0
-    for i in range(len(by_length) + 1):
-        length = len(prompts[by_length[start]]) if prompts else 0
-        if i < len(by_length) and len(prompts[by_length[i]]) == length and i - start < 256:
-            continue
-        rows = by_length[start:i]
-        tokens = torch.tensor([prompts[k] for k in rows], device=device)
-        new = min(max_new, model.config.max_seq_len - length)
-        out = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
-        for k, ids in zip(rows, out[:, length:].tolist(), strict=True):
+    for length, rows in itertools.groupby(by_length, key=lambda i: len(prompts[i])):
+        rows = list(rows)
+        tokens = torch.tensor([prompts[i] for i in rows], device=device)
+        new = max(0, min(max_new, model.config.max_seq_len - length))
+        tokens = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
+        for i, ids in zip(rows, tokens[:, length:].tolist(), strict=True):
             if tokenizer.eos_id in ids:
                 ids = ids[: ids.index(tokenizer.eos_id)]
-            texts[k] = tokenizer.decode(ids).strip()
-        start = i
-    return [texts[k] for k in range(len(prompts))]
+            texts[i] = tokenizer.decode(ids).strip()
+    return [texts[i] for i in range(len(prompts))]
 
 
 def accepted(model, tokenizer, pairs, rows, seed: int, device) -> dict[str, float]:
@@ -393,9 +387,8 @@ def load_inputs(config: TrainConfig, device):
         except ValueError as error:
             raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
         mean = [sum(pair.lengths[i] for pair in pairs) / len(pairs) for i in range(3)]
-        print(
-            f"{name:<8} {file}: {len(pairs)} pairs of {len(rows)}; dropped: {data.describe(dropped)}"
-        )
+        print(f"{name:<8} {file}: {len(pairs)} pairs of {len(rows)}", end="")
+        print(f"; dropped: {data.describe(dropped)}")
         print("         mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*mean))
         sets.append((pairs, kept))
     return model, tokenizer, *sets
@@ -419,6 +412,8 @@ def estimate_memory(model: Transformer, n_tokens: int, n_predicted: int) -> tupl
 def train(config: TrainConfig):
     """One run, from the plan that is printed to the model that is saved."""
     # -- set up ------------------------------------------------------------------------------
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("torchrun with several processes is not supported yet; start one")
     device = pick_device(config)
     out = None if config.out is None else Path(config.out)
     metrics_file = None if out is None else out / "metrics.jsonl"
@@ -478,8 +473,8 @@ def train(config: TrainConfig):
         f"{len(parts) / total:.1f} micro-batches a step, the largest of {n_largest} tokens\n"
         f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
         f"({config.lr_schedule}, {config.warmup_steps} warm-up), seed {config.seed}\n"
-        f"memory   about {fixed / 2**30:.2f} GB of weights, gradients and moments, and "
-        f"{varying / 2**30:.2f} GB for the largest micro-batch"
+        f"memory   about {gigabytes(fixed)} of weights, gradients and moments, and "
+        f"{gigabytes(varying)} for the largest micro-batch"
     )
     out.mkdir(parents=True, exist_ok=True)
     first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
@@ -552,6 +547,10 @@ def train(config: TrainConfig):
     ):
         print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")
     print(f"\nwrote {out}/metrics.jsonl and {out}/model, which transformers and vLLM load")
+
+
+def gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MB"
 
 
 def peak_memory_gb(device) -> float:
