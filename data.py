@@ -18,6 +18,7 @@ Look at your own data before training on it:  python data.py FILE --model DIR
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import re
@@ -211,9 +212,10 @@ def describe(dropped: Counter) -> str:
 # Steps and micro-batches.
 
 
-def order(n: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=1)  # asked for at every step
+def order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order of n pairs in an epoch: a function of (seed, epoch), so resuming needs no state."""
-    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+    return tuple(np.random.default_rng([seed, epoch]).permutation(n).tolist())
 
 
 class Batch(NamedTuple):

@@ -327,17 +327,40 @@ def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
     return state["step"]
 
 
-def cut_metrics(file: Path, step: int, keep_step_0: bool):
-    """Drops the rows past a checkpoint's step, and a last one that was half written."""
-    kept = []
+def write_row(out: Path | None, row: dict):
+    """One JSON object a line, flushed at once."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def read_rows(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl, less a last one that was half written."""
+    file, rows = out / "metrics.jsonl", []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:
             continue
-        if row["step"] <= step and keep_step_0:
-            kept.append(line + "\n")
-    file.write_text("".join(kept), encoding="utf-8")
+    return rows
+
+
+def cut_metrics(out: Path, step: int):
+    """Drops the rows past a checkpoint's step; all of them where there is no checkpoint."""
+    kept = [row for row in read_rows(out) if row["step"] <= step and step > 0]
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for row in kept:
+        write_row(out, row)
+
+
+def write_settings(out: Path, config: TrainConfig):
+    """What --config takes to do the same again from any folder."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "out")}
+    for name in ("model", "data", "eval_data"):
+        settings[name] = settings[name] and str(Path(settings[name]).resolve())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,6 +369,8 @@ def cut_metrics(file: Path, step: int, keep_step_0: bool):
 
 def pick_device(config: TrainConfig) -> torch.device:
     """Sets config.device and config.dtype where they are left open. Raises ValueError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("torchrun with several processes is not supported yet; start one")
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
@@ -357,6 +382,8 @@ def pick_device(config: TrainConfig) -> torch.device:
         n = torch.cuda.device_count()
         raise ValueError(f"--device {config.device}: this machine shows {n} CUDA devices")
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
     return device
 
 
@@ -409,96 +436,96 @@ def estimate_memory(model: Transformer, n_tokens: int, n_predicted: int) -> tupl
     return 16 * n_parameters, activations + lm_head
 
 
-def train(config: TrainConfig):
-    """One run, from the plan that is printed to the model that is saved."""
-    # -- set up ------------------------------------------------------------------------------
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("torchrun with several processes is not supported yet; start one")
-    device = pick_device(config)
-    out = None if config.out is None else Path(config.out)
-    metrics_file = None if out is None else out / "metrics.jsonl"
-    if out is not None and out.exists() and not out.is_dir():
+def claim_folder(config: TrainConfig) -> Path | None:
+    """--out as a path, checked: no file, and no other run's folder. Raises ValueError."""
+    if config.out is None:
+        return None
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; a folder is needed")
-    if metrics_file and metrics_file.exists() and not config.resume and not config.eval_only:
+    if (out / "metrics.jsonl").exists() and not config.resume and not config.eval_only:
         if out != BUILTIN_OUT:
             raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
         shutil.rmtree(out)
-    torch.manual_seed(config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # float32 products by tf32
-    model, tokenizer, (pairs, rows), (eval_pairs, eval_rows) = load_inputs(config, device)
+    return out
 
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=1e-8,
-        fused=True,
-    )
 
-    def report(row: dict, step: int):
-        with open(metrics_file, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **row}) + "\n")
+def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2]},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
+    return torch.optim.AdamW(groups, config.lr, betas, eps=1e-8, weight_decay=decay, fused=True)
 
-    def full_evaluation(step: int) -> dict[str, float]:
-        row = evaluate(model, eval_pairs, config, device)
-        row |= accepted(model, tokenizer, eval_pairs, eval_rows, config.seed + step, device)
-        return row
 
-    if config.eval_only:
-        row = full_evaluation(0)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            report(row, 0)
-        return print(json.dumps(row))
-
-    # -- the plan ----------------------------------------------------------------------------
+def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[int, list[Pair]]:
+    """Prints what the run will do; returns its number of steps and its largest micro-batch."""
     steps_an_epoch = math.ceil(len(pairs) / config.batch_size)
     total = config.max_steps or config.epochs * steps_an_epoch
     parts = [
         part
-        for step in range(1, min(total, config.epochs * steps_an_epoch) + 1)
+        for step in range(1, total + 1)
         for part in data.cut(step_pairs(pairs, step, config), config.micro_batch_tokens)
     ]
-    largest = max(parts, key=lambda part: sum(sum(pair.lengths) for pair in part))
-    n_largest = sum(sum(pair.lengths) for pair in largest)
-    fixed, varying = estimate_memory(model, n_largest, sum(sum(p.lengths[1:]) for p in largest))
+    tokens = [sum(sum(pair.lengths) for pair in part) for part in parts]
+    largest = parts[tokens.index(max(tokens))]
+    n_predicted = sum(sum(pair.lengths[1:]) for pair in largest)
+    fixed, varying = estimate_memory(model, max(tokens), n_predicted)
     print(
         f"steps    {total} of {config.batch_size} pairs ({steps_an_epoch} an epoch), "
-        f"{len(parts) / total:.1f} micro-batches a step, the largest of {n_largest} tokens\n"
+        f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "
+        f"the largest of {max(tokens)}\n"
         f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
         f"({config.lr_schedule}, {config.warmup_steps} warm-up), seed {config.seed}\n"
         f"memory   about {gigabytes(fixed)} of weights, gradients and moments, and "
-        f"{gigabytes(varying)} for the largest micro-batch"
+        f"{gigabytes(varying)} for the largest micro-batch",
+        flush=True,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
-    cut_metrics(metrics_file, first - 1, keep_step_0=first > 1)
-    settings = dataclasses.asdict(config) | {"resume": False}
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return total, largest
 
-    # The run's largest micro-batch, tried without an update: out of memory comes now or never.
+
+def try_micro_batch(model: Transformer, pairs: list[Pair], config: TrainConfig, device):
+    """Forward and backward without an update: out of memory comes now or never."""
+    n = sum(sum(pair.lengths) for pair in pairs)
     try:
-        for batch in data.micro_batches(largest, n_largest, config.sft_loss):
-            forward(model, batch, config.lam, len(largest), device).loss.backward()
+        for batch in data.micro_batches(pairs, n, config.sft_loss):
+            forward(model, batch, config.lam, len(pairs), device).loss.backward()
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"the largest micro-batch, {n_largest} tokens, does not fit {config.device}; "
+            f"the largest micro-batch, {n} tokens, does not fit {config.device}; "
             f"lower --micro-batch-tokens ({config.micro_batch_tokens}) or --max-length"
         ) from None
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
 
+
+def train(config: TrainConfig):
+    """One run, from the plan that is printed to the model that is saved."""
+    device = pick_device(config)
+    out = claim_folder(config)
+    model, tokenizer, (pairs, rows), (eval_pairs, eval_rows) = load_inputs(config, device)
+
+    def evaluation(step: int) -> dict[str, float]:
+        row = {"step": step} | evaluate(model, eval_pairs, config, device)
+        row |= accepted(model, tokenizer, eval_pairs, eval_rows, config.seed + step, device)
+        write_row(out, row)
+        return row
+
+    if config.eval_only:
+        return print(json.dumps(evaluation(0)))
+
+    total, largest = plan(model, pairs, config)
+    try_micro_batch(model, largest, config, device)
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     answers_before = answers(model, tokenizer, shown, 64, device)
+    optimizer = make_optimizer(model, config)
+    first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
+    cut_metrics(out, first - 1)
+    write_settings(out, config)
     if eval_pairs and first == 1:
-        report(full_evaluation(0), 0)
+        evaluation(0)
 
-    # -- the loop ----------------------------------------------------------------------------
+    steps_an_epoch = math.ceil(len(pairs) / config.batch_size)
     bar = tqdm(range(first, total + 1), initial=first - 1, total=total, unit="step", disable=None)
     clock, n_tokens = time.perf_counter(), 0
     for step in bar:
@@ -524,7 +551,7 @@ def train(config: TrainConfig):
             row |= {"learning_rate": lr, "epoch": step / steps_an_epoch}
             row["tokens_per_second"] = n_tokens / (time.perf_counter() - clock)
             row["peak_memory_gb"] = peak_memory_gb(device)
-            report(row, step)
+            write_row(out, {"step": step} | row)
             bar.set_postfix_str(
                 "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
                 "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
@@ -534,17 +561,15 @@ def train(config: TrainConfig):
         # Once in a while, with the clock stopped.
         pause = time.perf_counter()
         if eval_pairs and (step == total or (config.eval_every and step % config.eval_every == 0)):
-            report(full_evaluation(step), step)
+            evaluation(step)
         if config.save_every and step % config.save_every == 0:
             save_checkpoint(out, step, model, optimizer, config)
         clock += time.perf_counter() - pause
 
-    # -- hand back ---------------------------------------------------------------------------
     save_model(model, tokenizer, rows, config, out / "model")
-    print_changes(metrics_file, total)
-    for prompt, before, after in zip(
-        shown, answers_before, answers(model, tokenizer, shown, 64, device), strict=True
-    ):
+    print_changes(out, total)
+    answers_after = answers(model, tokenizer, shown, 64, device)
+    for prompt, before, after in zip(shown, answers_before, answers_after, strict=True):
         print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")
     print(f"\nwrote {out}/metrics.jsonl and {out}/model, which transformers and vLLM load")
 
@@ -571,10 +596,9 @@ def save_model(model: Transformer, tokenizer, rows, config: TrainConfig, folder:
         (folder / "chat_template.jinja").write_text(data.AUTHORS_CHAT_TEMPLATE, encoding="utf-8")
 
 
-def print_changes(metrics_file: Path, total: int):
+def print_changes(out: Path, total: int):
     """The evaluation before and after, side by side, from the rows that were written."""
-    rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
-    evaluations = {row["step"]: row for row in rows if "eval_loss" in row}
+    evaluations = {row["step"]: row for row in read_rows(out) if "eval_loss" in row}
     if 0 in evaluations and total in evaluations:
         print(f"\n{'held out':<28}{'before':>10}{'after':>10}")
         for name in evaluations[0]:
