@@ -294,7 +294,7 @@ class _FusedLinearORPO(torch.autograd.Function):
 
         chosen, rejected = _mean_logps(sums, lengths)
         pair_losses = _odds_ratio_value(chosen, rejected)
-        loss = nll + lam / n_pairs * pair_losses.sum() if lam else nll
+        loss = nll + lam / n_pairs * pair_losses.sum()  # finite, by _mean_logps: lam 0 is fine
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_lm_head)
             ctx.lm_head_dtype = lm_head.dtype
@@ -303,6 +303,7 @@ class _FusedLinearORPO(torch.autograd.Function):
         return loss.to(result_dtype(hidden)), *outputs
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # the stored gradients are constants
     def backward(ctx, grad, *_):
         grad_hidden, grad_lm_head = ctx.saved_tensors
         grad_lm_head = (grad * grad_lm_head).to(ctx.lm_head_dtype)
