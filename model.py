@@ -1,29 +1,31 @@
 """A GPT-style transformer over packed sequences, which reads and writes Hugging Face checkpoints.
 
 Notable features:
-- one architecture; a family (Llama now) is a set of values of ModelConfig, never a subclass
-- rotary positions, RMSNorm, grouped-query attention, SwiGLU, tied or untied embeddings
+- one architecture; a family (Llama, Mistral, Qwen2, Qwen3, Phi, GPT-2, OPT) is a row of FAMILIES:
+  values of ModelConfig and names of parameters, never a subclass
 - a packed micro-batch has no batch axis and no padding: N tokens in a row, and `Segments` says
   which queries see which keys. A shared prompt is computed once (the picture is in data.py)
 - one attention function: Flash `varlen_attn` on CUDA, scaled_dot_product_attention elsewhere;
   a decoding step is the same call with one query, and so is a rejected branch over its prompt
-- parameters are named as in the checkpoint less its "model." prefix: no renaming table
 - safetensors by hand, memory-mapped, every name, shape and offset checked
 
 dtypes: parameters stay as loaded (float32 in training). `compute_dtype` is that of the residual
 stream and the matrix products, to which each weight is cast where it is used. Norms and rotary
-angles are computed in float32 (float64 for float64).
+angles are computed in float32 (float64 for float64). There is no dropout.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
 H heads, K key/value heads, d head size, V vocabulary.
 """
 
+import functools
 import inspect
 import itertools
 import json
 import math
 import mmap
 import os
+import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -45,71 +47,185 @@ class ModelConfig:
     n_kv_heads: int = 0  # K, divides H: each serves H/K query heads; 0 means H
     head_dim: int = 0  # d; 0 means dim / n_heads
     norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
     max_seq_len: int = 2048  # the context the model was made for
     tie_embeddings: bool = False  # lm_head is the embedding matrix
     dtype: str = "float32"  # how the checkpoint stores its weights
+    rope_theta: float = 10000.0
+    # What makes a family; the defaults are Llama's.
+    family: str = "llama"
+    layer_norm: bool = False  # LayerNorm with bias instead of RMSNorm
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys
+    qkv_bias: bool = False
+    bias: bool = False  # of every other projection in a block
+    lm_head_bias: bool = False
+    gated: bool = True  # MLP: down(act(gate) * up), not down(act(up))
+    activation: str = "silu"  # Hugging Face's name
+    parallel: bool = False  # attention and MLP side by side, behind one norm
+    rotary_fraction: float = 1.0  # of each head's dimensions
+    rope_scaling: dict = field(default_factory=dict)  # {"rope_type": "linear" or "llama3", ...}
+    position_offset: int | None = None  # learned positions, with so many rows before position 0
+    windows: list = field(default_factory=list)  # a layer sees so many tokens back; None: all
     source: dict = field(default_factory=dict, repr=False)  # config.json as it was read
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
+        self.windows = self.windows or [None] * self.n_layers
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads do not share {self.n_kv_heads} key/value heads")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary turns pairs of dimensions")
+        if self.rotary_dim % 2:
+            raise ValueError(f"rotary turns pairs of dimensions, not {self.rotary_dim}")
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_fraction)
 
     @classmethod
     def from_json(cls, path) -> "ModelConfig":
         """Reads a Hugging Face config.json, old keys or new. Raises ValueError with the path."""
         path = Path(path)
         source = read_json(path)
-        if source.get("model_type") != "llama":
-            raise ValueError(f"{path}: model_type {source.get('model_type')!r}; supported: 'llama'")
+        family = FAMILIES.get(source.get("model_type"))
+        if family is None:
+            found, known = source.get("model_type"), ", ".join(FAMILIES)
+            raise ValueError(f"{path}: model_type {found!r} is not supported, only {known}")
+        keys = LLAMA_KEYS | family.keys
+        # transformers 5 renamed some keys; the old ones win, as most checkpoints have them
         rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-        # transformers 5 renamed two keys; the old ones go first, as most checkpoints have them.
-        c = {"torch_dtype": source.get("dtype"), "rope_theta": rope.get("rope_theta")}
-        c |= {"rope_type": rope.get("rope_type", rope.get("type"))}
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        c = {"torch_dtype": source.get("dtype"), "rope_type": rope_type, **rope}
         c |= {key: value for key, value in source.items() if value is not None}
-        for key, supported in FIXED_KEYS.items():
-            if (c.get(key) or supported) != supported:
-                raise ValueError(f"{path}: {key} {c[key]!r} is not supported, only {supported!r}")
-        for key in list(CONFIG_KEYS.values())[:5]:
-            if c.get(key) is None:
-                raise ValueError(f"{path}: key {key!r} is missing")
-        ours = {name: c[key] for name, key in CONFIG_KEYS.items() if c.get(key) is not None}
+        for key, supported in family.only.items():
+            if key in c and c[key] not in supported:
+                raise ValueError(f"{path}: {key} {c[key]!r} is not supported, only {supported}")
+        activation = c.get(keys["activation"], "silu")
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"{path}: activation {activation!r} is not supported, only {known}")
+        if source["model_type"] == "opt" and c.get("word_embed_proj_dim") != c.get("hidden_size"):
+            raise ValueError(f"{path}: OPT-350M projects its embeddings and is not supported")
+        ours = {name: c[key] for name, key in keys.items() if c.get(key) is not None}
+        if source["model_type"] == "gpt2" and "n_embd" in c:
+            ours.setdefault("hidden_dim", 4 * c["n_embd"])
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"):
+            if name not in ours:
+                raise ValueError(f"{path}: key {keys[name]!r} is missing")
+        ours["windows"] = _windows(c, ours["n_layers"]) if family.windows else []
+        ours["rope_scaling"] = rope | {"rope_type": rope_type} if rope_type != "default" else {}
         try:
-            return cls(**ours, source=source)
+            return cls(**family.fields | ours, family=source["model_type"], source=source)
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self) -> dict:
-        """The config.json to save: what was read, under the keys that every reader knows."""
-        kept = {k: v for k, v in self.source.items() if k not in ("rope_parameters", "dtype")}
-        kept |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        return kept | {key: getattr(self, name) for name, key in CONFIG_KEYS.items()}
+        """The config.json to save: what was read, and what we know under the family's keys."""
+        family = FAMILIES[self.family]
+        known = {key: getattr(self, name) for name, key in (LLAMA_KEYS | family.keys).items()}
+        if self.position_offset is not None:  # keys that mean nothing where nothing is rotated
+            known = {key: known[key] for key in known if key in self.source or key == "torch_dtype"}
+        kept = {key: value for key, value in self.source.items() if key != "dtype"}
+        return kept | known | {"architectures": [family.architecture], "model_type": self.family}
 
 
-CONFIG_KEYS = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "hidden_dim": "intermediate_size",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "max_seq_len": "max_position_embeddings",
-    "tie_embeddings": "tie_word_embeddings",
-    "dtype": "torch_dtype",
+def _windows(c: dict, n_layers: int) -> list:
+    """How far back each layer sees: Mistral everywhere, Qwen only in the layers switched on."""
+    size = c.get("sliding_window")
+    if not size or (c["model_type"] != "mistral" and not c.get("use_sliding_window")):
+        return []
+    first = c.get("max_window_layers", 28) if c["model_type"] != "mistral" else 0
+    types = ["sliding_attention" if i >= first else "full" for i in range(n_layers)]
+    return [size if t == "sliding_attention" else None for t in c.get("layer_types", types)]
+
+
+class Family(NamedTuple):
+    """What a Hugging Face architecture calls things, and which values make it what it is."""
+
+    architecture: str
+    keys: dict = {}  # ours: the key in config.json, where it is not Llama's  # noqa: RUF012
+    fields: dict = {}  # values of ModelConfig that config.json need not say  # noqa: RUF012
+    only: dict = {}  # keys of config.json whose other values are not built here  # noqa: RUF012
+    names: dict = {}  # our parameters, without layer and leaf: the checkpoint's  # noqa: RUF012
+    prefix: str = "model."  # of every name but lm_head's
+    conv1d: bool = False  # a block's matrices are stored (in, out)
+    windows: bool = False  # may have a sliding window
+
+
+# fmt: off
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size",
+    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta", "max_seq_len": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings", "activation": "hidden_act", "dtype": "torch_dtype",
 }
-FIXED_KEYS = {  # what the architecture below does not vary
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_type": "default",
+ROPE = {"rope_type": ("default", "linear", "llama3")}
+GPT = {"layer_norm": True, "qkv_bias": True, "bias": True, "gated": False, "norm_eps": 1e-5}
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM", only={"attention_bias": (False,), "mlp_bias": (False,)} | ROPE,
+    ),
+    "mistral": Family("MistralForCausalLM", only=ROPE, windows=True),
+    "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}, only=ROPE, windows=True),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", fields={"qk_norm": True, "head_dim": 128},
+        only={"attention_bias": (False,)} | ROPE, windows=True,
+    ),
+    "phi": Family(
+        "PhiForCausalLM",
+        keys={"norm_eps": "layer_norm_eps", "rotary_fraction": "partial_rotary_factor"},
+        fields=GPT | {"lm_head_bias": True, "parallel": True, "rotary_fraction": 0.5},
+        only={"qk_layernorm": (False,)} | ROPE,
+        names={
+            "self_attn.o_proj": "self_attn.dense", "mlp.up_proj": "mlp.fc1",
+            "mlp.down_proj": "mlp.fc2", "norm": "final_layernorm",
+        },
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        keys={
+            "dim": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "hidden_dim": "n_inner",
+            "max_seq_len": "n_positions", "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function",
+        },
+        fields=GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0},
+        only={
+            "scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,),
+            "add_cross_attention": (False,),
+        },
+        names={
+            "embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "norm": "ln_f",
+            "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+            "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
+            "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+            "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
+        },
+        prefix="transformer.", conv1d=True,
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        keys={"hidden_dim": "ffn_dim", "activation": "activation_function"},
+        fields=GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 2},
+        only={
+            "do_layer_norm_before": (True,), "enable_bias": (True,),
+            "layer_norm_elementwise_affine": (True,), "_remove_final_layer_norm": (False,),
+        },
+        names={
+            "self_attn.o_proj": "self_attn.out_proj", "input_layernorm": "self_attn_layer_norm",
+            "post_attention_layernorm": "final_layer_norm", "mlp.up_proj": "fc1",
+            "mlp.down_proj": "fc2", "norm": "final_layer_norm",
+        },
+        prefix="model.decoder.",
+    ),
 }
+# fmt: on
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS |= {"gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,36 +235,55 @@ FIXED_KEYS = {  # what the architecture below does not vary
 class Linear(nn.Linear):
     """A projection whose weight is cast to the dtype of what comes in: see `compute_dtype`."""
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
-
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm with its bias."""
+
+    def __init__(self, dim: int, eps: float, layer_norm: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if layer_norm else None
         self.eps = eps
 
     def forward(self, x):
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # x^2 needs the range
-        y = F.rms_norm(x.to(dtype), self.weight.shape, eps=self.eps)
+        y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)  # x^2: the range
+        if self.bias is not None:
+            y = F.layer_norm(
+                y, self.weight.shape, self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps
+            )
+            return y.to(x.dtype)
+        y = F.rms_norm(y, self.weight.shape, eps=self.eps)
         return y.to(x.dtype) * self.weight.to(x.dtype)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, 1, d/2) float32, of the angle position * theta^(-2i/d)."""
-    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, None].float() * theta ** (-i / head_dim)
+def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (N, 1, rotary_dim/2) float32, of the angle position * theta^(-2i/d)."""
+    i = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-i / max(1, config.rotary_dim))
+    scaling = config.rope_scaling
+    if scaling.get("rope_type") == "linear":
+        frequency = frequency / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        # Waves that fit the old context often stay; those that do not are stretched; in between
+        # the one fades into the other.
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / scaling["factor"])
+    angles = positions[:, None, None].float() * frequency
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns dimension i with dimension i + d/2 of x (N, H, d): Hugging Face's halves."""
-    x1, x2 = x.chunk(2, dim=-1)  # (N, H, d/2) each; the products are float32 through cos and sin
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    """Turns dimension i with i + rotary_dim/2 of x (N, H, d): Hugging Face's halves."""
+    half = cos.shape[-1]
+    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # float32, through cos and sin
+    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
 
 class Segments(NamedTuple):
@@ -201,18 +336,24 @@ _GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).pa
 USE_VARLEN = True  # tests set it to False to compare the two roads on one device
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Causal attention within each segment. q (N, H, d), k and v (N, K, d) -> (N, H, d)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) -> Tensor:
+    """Causal attention within each segment. q (N, H, d), k and v (N, K, d) -> (N, H, d).
+
+    window: a query sees that many keys, its own the last of them; None: all up to its own.
+    """
+    if window is not None and window >= max(segments.k_lens, default=0):
+        window = None
     if segments.key_index is not None:
         k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
     if USE_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         max_q, max_k = max(segments.q_lens), max(segments.k_lens)
         cu_q, cu_k = segments.cu_q, segments.cu_k
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **_GQA)
-    return _attention_by_segment(q, k, v, segments)
+        back = -1 if window is None else window - 1
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(back, 0), **_GQA)
+    return _attention_by_segment(q, k, v, segments, window)
 
 
-def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window) -> Tensor:
     """The same by scaled_dot_product_attention, neighbours of equal lengths in one call."""
     runs = [
         (*lens, len(list(same)))
@@ -224,12 +365,15 @@ def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -
     outs = []
     for (q_len, k_len, n), *qkv in zip(runs, q_runs, k_runs, v_runs, strict=True):
         qs, ks, vs = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv)  # (n, heads, len, d)
-        # One query sees every key. is_causal means top-left, right only where lengths agree.
+        # is_causal means top-left, right only where lengths agree; one query sees every key.
         square, mask = q_len == k_len, None
-        if not square and q_len > 1:
+        if window is not None or (not square and q_len > 1):
             mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+            if window is not None:
+                mask = mask.triu(k_len - q_len - window + 1)
+        causal = mask is None and square and q_len > 1
         out = F.scaled_dot_product_attention(
-            qs, ks, vs, attn_mask=mask, is_causal=square and q_len > 1, enable_gqa=True
+            qs, ks, vs, attn_mask=mask, is_causal=causal, enable_gqa=True
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))  # (n * q_len, H, d)
     return torch.cat(outs) if outs else q
@@ -255,45 +399,59 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = Linear(config.dim, config.n_heads * config.head_dim)
-        self.k_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.o_proj = Linear(config.n_heads * config.head_dim, config.dim)
+        c, self.layer, self.window = config, layer, config.windows[layer]
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.dim, c.n_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, c.bias)
+        self.q_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
     def forward(self, x, cos, sin, segments, cache=None):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, d)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cos.shape[-1]:
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(attention(q, k, v, segments).flatten(1))  # (N, H, d) -> (N, D)
+        x = attention(q, k, v, segments, self.window)
+        return self.o_proj(x.flatten(1))  # (N, H, d) -> (N, D)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.dim, config.hidden_dim)
-        self.up_proj = Linear(config.dim, config.hidden_dim)
-        self.down_proj = Linear(config.hidden_dim, config.dim)
+        c = config
+        self.activation = ACTIVATIONS[c.activation]
+        self.gate_proj = Linear(c.dim, c.hidden_dim, c.bias) if c.gated else None
+        self.up_proj = Linear(c.dim, c.hidden_dim, c.bias)
+        self.down_proj = Linear(c.hidden_dim, c.dim, c.bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        norm = functools.partial(Norm, config.dim, config.norm_eps, config.layer_norm)
+        self.input_layernorm = norm()
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = None if config.parallel else norm()
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, segments, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments, cache)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        y = self.input_layernorm(x)
+        if self.post_attention_layernorm is None:
+            return x + self.self_attn(y, cos, sin, segments, cache) + self.mlp(y)
+        x = x + self.self_attn(y, cos, sin, segments, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -301,16 +459,19 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        c = self.config = config
         self.compute_dtype = None  # None: that of the parameters
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+        self.embed_positions = None
+        if c.position_offset is not None:
+            self.embed_positions = nn.Embedding(c.max_seq_len + c.position_offset, c.dim)
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
+        self.norm = Norm(c.dim, c.norm_eps, c.layer_norm)
+        self.lm_head = None if c.tie_embeddings else Linear(c.dim, c.vocab_size, c.lm_head_bias)
         for name, p in self.named_parameters():
             if p.dim() == 2:  # what adds to the residual stream starts smaller, as in GPT-2
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if residual else 0.02)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -320,15 +481,32 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens, positions, segments: Segments, cache=None) -> Tensor:
         """tokens, positions (N,) int64, packed as segments say -> (N, D), after the last norm."""
         x = self.embed_tokens(tokens)  # (N, D)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions + self.config.position_offset)
         x = x.to(self.compute_dtype or x.dtype)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary(positions, self.config)
         for block in self.layers:
             x = block(x, cos, sin, segments, cache)
         return self.norm(x)
 
+    def projection(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, D) hidden states and the (V, D) matrix whose product is the logits.
+
+        Where lm_head has a bias (Phi) both are made wider: by a one and the bias, and by zeros,
+        as matrix products want multiples of 8.
+        """
+        weight = self.lm_head_weight
+        if self.lm_head is None or self.lm_head.bias is None:
+            return hidden, weight
+        ones = F.pad(torch.ones_like(hidden[:, :1]), (0, 7))
+        bias = F.pad(self.lm_head.bias[:, None], (0, 7))
+        return torch.cat((hidden, ones), 1), torch.cat((weight, bias), 1)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        return F.linear(hidden, self.lm_head_weight.to(hidden.dtype))
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V). Raises ValueError beyond the model's context."""
@@ -384,6 +562,18 @@ class Transformer(nn.Module):
                 break
         return tokens
 
+    def _checkpoint_names(self) -> dict[str, list[tuple[str, Tensor]]]:
+        """The checkpoint's names, without prefix: our parameters, of which GPT-2 stacks q, k, v."""
+        names = FAMILIES[self.config.family].names
+        found = {}
+        for ours, parameter in self.named_parameters():
+            *layer, module, leaf = re.fullmatch(r"(?:(layers)\.(\d+)\.)?(.+)\.(\w+)", ours).groups()
+            theirs = f"{names.get(module, module)}.{leaf}"
+            if layer[0]:
+                theirs = f"{names.get('layers', 'layers')}.{layer[1]}.{theirs}"
+            found.setdefault(theirs, []).append((ours, parameter))
+        return found
+
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype: torch.dtype | None = None):
         """Loads a Hugging Face folder, tensor by tensor, onto device (default: the CPU).
@@ -393,26 +583,31 @@ class Transformer(nn.Module):
         """
         folder = Path(folder)
         config = ModelConfig.from_json(folder / "config.json")
+        family = FAMILIES[config.family]
         with torch.device("meta"):
             model = cls(config)
-        expected = dict(model.named_parameters())
+        expected = model._checkpoint_names()
         for file, name, tensor in checkpoint_tensors(folder):
-            name = name.removeprefix("model.")
-            if name.endswith("rotary_emb.inv_freq") or (
-                name == "lm_head.weight" and config.tie_embeddings
-            ):
+            name = re.sub(r"^(model\.|transformer\.)?(decoder\.)?", "", name)
+            tied = name == "lm_head.weight" and config.tie_embeddings
+            if tied or name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
                 continue
             if name not in expected:
                 raise ValueError(f"{file}: tensor {name!r} is unknown here, or is there twice")
-            parameter = expected.pop(name)
-            if tensor.shape != parameter.shape:
+            ours = expected.pop(name)
+            if family.conv1d and name.startswith("h.") and tensor.dim() == 2:
+                tensor = tensor.t()
+            rows = [parameter.shape[0] for _, parameter in ours]
+            wanted = (sum(rows), *ours[0][1].shape[1:])
+            if tensor.shape != wanted:
                 raise ValueError(
                     f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, "
-                    f"config.json asks for shape {tuple(parameter.shape)}"
+                    f"config.json asks for shape {wanted}"
                 )
-            module, _, leaf = name.rpartition(".")
-            tensor = tensor.to(device=device or "cpu", dtype=dtype, copy=True)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+            for (ours_name, _), part in zip(ours, tensor.split(rows), strict=True):
+                part = part.to(device=device or "cpu", dtype=dtype, copy=True).contiguous()
+                module, _, leaf = ours_name.rpartition(".")
+                setattr(model.get_submodule(module), leaf, nn.Parameter(part))
         if expected:
             raise ValueError(
                 f"{folder}: {len(expected)} tensors are missing: {', '.join(expected)}"
@@ -426,28 +621,32 @@ class Transformer(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, p in self.named_parameters():
-            name = name if name.startswith("lm_head.") else f"model.{name}"
-            tensors[name] = p.detach() if dtype is None else p.detach().to(dtype)
-        stored = str(dtype or self.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = self.config.to_json() | {"torch_dtype": stored}
+        family, tensors = FAMILIES[self.config.family], {}
+        for name, ours in self._checkpoint_names().items():
+            tensor = (
+                torch.cat([p.detach() for _, p in ours]) if len(ours) > 1 else ours[0][1].detach()
+            )
+            if family.conv1d and name.startswith("h.") and tensor.dim() == 2:
+                tensor = tensor.t()
+            tensors[name if name.startswith("lm_head.") else family.prefix + name] = tensor
+        dtype = dtype or self.embed_tokens.weight.dtype
+        config = self.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-        shards, size = [{}], 0
+        shards, size, total = [{}], 0, 0
         for name, t in tensors.items():
-            if shards[-1] and size + t.nbytes > shard_bytes:
+            n_bytes = t.numel() * dtype.itemsize
+            if shards[-1] and size + n_bytes > shard_bytes:
                 shards, size = [*shards, {}], 0
             shards[-1][name] = t
-            size += t.nbytes
+            size, total = size + n_bytes, total + n_bytes
         if len(shards) == 1:
-            return write_safetensors(folder / "model.safetensors", tensors)
+            return write_safetensors(folder / "model.safetensors", tensors, dtype)
         where = {}
         for i, shard in enumerate(shards, 1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / file, shard)
+            write_safetensors(folder / file, shard, dtype)
             where |= dict.fromkeys(shard, file)
-        total = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -463,7 +662,8 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
     if top_p is not None:
         sorted_logits, order = logits.sort(descending=True, dim=-1)
         probs = sorted_logits.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p  # mass before a token; the first always stays
+        outside = probs.cumsum(-1) - probs >= top_p  # by the mass before a token
+        outside[:, 0] = False  # the likeliest always stays
         logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
@@ -501,37 +701,46 @@ def read_json(path: Path) -> dict:
 
 
 def checkpoint_tensors(folder: Path):
-    """Yields (file, name, tensor) of a model folder; a tensor may be a view of the file."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = [folder / "model.safetensors"]
-    elif index.is_file():
-        where = read_json(index).get("weight_map")
-        names = set(where.values()) if isinstance(where, dict) else {None}
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(f"{index}: weight_map must map tensor names to files beside it")
-        files = [folder / name for name in sorted(names)]
-    elif (folder / "pytorch_model.bin").is_file():
-        file = folder / "pytorch_model.bin"
-        try:  # weights_only: a pickle may otherwise run any code
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{file}: not a readable checkpoint of tensors: {reason}") from None
-        yield from ((file, name, tensor) for name, tensor in state.items())
+    """Yields (file, name, tensor) of a model folder, safetensors before pickles, by their index
+    where they are sharded. A tensor is a view of its file: copy it before taking the next."""
+    for kind, read in (("model.safetensors", safetensors_of), ("pytorch_model.bin", pickled_of)):
+        index = folder / f"{kind}.index.json"
+        if (folder / kind).is_file():
+            files = [folder / kind]
+        elif index.is_file():
+            where = read_json(index).get("weight_map")
+            names = set(where.values()) if isinstance(where, dict) else {None}
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise ValueError(f"{index}: weight_map must map tensor names to files beside it")
+            files = [folder / name for name in sorted(names)]
+        else:
+            continue
+        for file in files:
+            yield from ((file, name, tensor) for name, tensor in read(file))
         return
-    else:
-        raise FileNotFoundError(
-            f"{folder}: no model.safetensors, index of shards, or pytorch_model.bin"
-        )
-    for file in files:
-        for name, tensor in read_safetensors(file).items():
-            yield file, name, tensor
+    raise FileNotFoundError(f"{folder}: no model.safetensors or pytorch_model.bin, nor their index")
+
+
+def pickled_of(file: Path):
+    """Yields (name, tensor) of a file of torch.save. weights_only: other pickles may run code."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:  # only the zip format, new since torch 1.6, can be mapped
+        mapped = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        yield from [(name, tensor) for name, tensor in state.items() if tensor.layout]
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file}: not a readable checkpoint of tensors: {reason}") from None
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
     """All tensors of a file, as views of its memory map: read when used. Raises ValueError."""
-    path = Path(path)
+    return dict(safetensors_of(Path(path)))
+
+
+def safetensors_of(path: Path):
+    """Yields (name, tensor), a view of the mapped file whose pages are let go at the next one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     size = path.stat().st_size
@@ -539,35 +748,38 @@ def read_safetensors(path) -> dict[str, Tensor]:
         n = int.from_bytes(f.read(8), "little")
         if size < 8 or n > min(size - 8, 100_000_000):
             raise ValueError(f"{path}: not a safetensors file, or cut short: header of {n} bytes")
-        header = f.read(n)
+        try:
+            entries = _safetensors_header(f.read(n), size - 8 - n)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: broken safetensors file: {error}") from None
         # ACCESS_COPY: torch wants writable memory; a write would stay in this process
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
-        entries.pop("__metadata__", None)
-        entries = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-        tensors, end = {}, 0
-        for name, entry in entries:
-            dtype, shape, (begin, stop) = (
-                DTYPES[entry["dtype"]],
-                entry["shape"],
-                entry["data_offsets"],
-            )
-            n_bytes = math.prod(shape) * dtype.itemsize
-            if not all(type(x) is int and x >= 0 for x in (*shape, begin, stop)):
-                raise ValueError(f"tensor {name!r} has a negative or broken shape or offset")
-            if begin != end or stop - begin != n_bytes or 8 + n + stop > size:
-                raise ValueError(
-                    f"tensor {name!r}: bytes {begin}:{stop} of {size - 8 - n}, {shape}"
-                )
-            end = stop
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            if n_bytes:
-                raw = torch.frombuffer(data, dtype=torch.uint8, count=n_bytes, offset=8 + n + begin)
-                raw = raw.clone() if (8 + n + begin) % dtype.itemsize else raw  # must be aligned
-                tensors[name] = raw.view(dtype).view(shape)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken safetensors file: {error}") from None
+    for name, dtype, shape, begin, n_bytes in entries:
+        tensor, begin = torch.empty(shape, dtype=dtype), 8 + n + begin
+        if n_bytes:
+            raw = torch.frombuffer(data, dtype=torch.uint8, count=n_bytes, offset=begin)
+            raw = raw.clone() if begin % dtype.itemsize else raw  # must be aligned
+            tensor = raw.view(dtype).view(shape)
+        yield name, tensor
+        page = begin - begin % mmap.PAGESIZE
+        if n_bytes and hasattr(mmap, "MADV_DONTNEED"):  # Linux
+            data.madvise(mmap.MADV_DONTNEED, page, begin + n_bytes - page)
+
+
+def _safetensors_header(header: bytes, n_data: int) -> list[tuple]:
+    """[(name, dtype, shape, begin, bytes)] in the file's order, checked to cover it exactly."""
+    entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
+    entries.pop("__metadata__", None)
+    tensors, end = [], 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(x) is int and x >= 0 for x in (*shape, begin, stop)):
+            raise ValueError(f"tensor {name!r} has a negative or broken shape or offset")
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if begin != end or stop - begin != n_bytes or stop > n_data:
+            raise ValueError(f"tensor {name!r}, shape {shape}: bytes {begin}:{stop} of {n_data}")
+        end = stop
+        tensors.append((name, dtype, shape, begin, n_bytes))
     return tensors
 
 
@@ -578,18 +790,23 @@ def _unique_keys(pairs):
     return keys
 
 
-def write_safetensors(path, tensors: dict[str, Tensor]):
-    """Writes beside, then renames. The bytes depend on the tensors alone, not on time or place."""
+def write_safetensors(path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None):
+    """Writes beside, then renames. The bytes depend on the tensors alone, not on time or place.
+
+    dtype: cast to it on the way, one tensor at a time.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
-        span = [offset, offset + t.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": span}
-        offset += t.nbytes
+        stored, begin = dtype or t.dtype, offset
+        offset += t.numel() * stored.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[stored], "shape": list(t.shape)}
+        header[name]["data_offsets"] = [begin, offset]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that every tensor starts aligned
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as f:
         f.write(len(encoded).to_bytes(8, "little") + encoded)
         for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            t = t.detach().to("cpu", dtype).contiguous()
+            f.write(t.flatten().view(torch.uint8).numpy().data)
     os.replace(temporary, path)

@@ -211,9 +211,10 @@ def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
     segments = Segments.packed(batch.lengths, device)
     b = Batch(batch.lengths, *(to_device(x, device) for x in batch[1:]))
     hidden = model.hidden_states(b.tokens, b.positions, segments)  # (N, D)
+    hidden, lm_head = model.projection(hidden.index_select(0, b.predict))  # (P, D), (V, D)
     return fused_linear_orpo(
-        hidden.index_select(0, b.predict),
-        model.lm_head_weight,
+        hidden,
+        lm_head,
         b.targets,
         b.response,
         b.nll_weight,

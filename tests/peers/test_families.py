@@ -1,0 +1,192 @@
+"""Every family against transformers: logits, greedy generation, and the way back."""
+
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from model import Segments, Transformer  # noqa: E402
+
+COMMON = {"vocab_size": 97, "num_hidden_layers": 3, "max_position_embeddings": 64}
+SIZES = COMMON | {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+FAMILIES = {
+    "llama": ("Llama", GROUPED),
+    "llama, odd head size": ("Llama", GROUPED | {"head_dim": 6, "tie_word_embeddings": True}),
+    "llama3 rope": ("Llama", GROUPED | {"rope_parameters": LLAMA3}),
+    "linear rope": ("Llama", GROUPED | {"rope_parameters": LINEAR}),
+    "mistral": ("Mistral", GROUPED | {"sliding_window": None}),
+    "mistral, window": ("Mistral", GROUPED | {"sliding_window": 7}),
+    "qwen2": ("Qwen2", GROUPED | {"tie_word_embeddings": True}),
+    "qwen2, window in upper layers": (
+        "Qwen2",
+        GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", GROUPED | {"head_dim": 16}),
+    "phi": ("Phi", SIZES | {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new"}),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    ),
+    "opt": (
+        "OPT",
+        COMMON
+        | {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    ),
+}
+SUFFIX = {"GPT2": "LMHeadModel"}
+
+
+def theirs(name: str):
+    """A random model of transformers whose biases and norms are not the trivial ones."""
+    family, settings = FAMILIES[name]
+    torch.manual_seed(0)
+    # eos and pad outside: nothing stops early, no embedding row is zero
+    config = getattr(transformers, f"{family}Config")(
+        **settings, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
+    config._attn_implementation = "eager"
+    model = getattr(transformers, family + SUFFIX.get(family, "ForCausalLM"))(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.1))
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """(their model, its folder)"""
+    folder = tmp_path_factory.mktemp("family")
+    model = theirs(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+TOKENS = torch.arange(60).reshape(2, 30) % 97
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def same(a, b, tolerance=1e-4):
+    assert (a - b).abs().max() < tolerance
+
+
+def test_logits_equal_theirs(pair):
+    model, folder = pair
+    same(Transformer.from_pretrained(folder)(TOKENS), logits_of(model))
+
+
+def test_greedy_generation_equals_theirs(pair):
+    model, folder = pair
+    expected = model.generate(TOKENS[:, :9], max_new_tokens=24, do_sample=False)
+    assert torch.equal(Transformer.from_pretrained(folder).generate(TOKENS[:, :9], 24), expected)
+
+
+def test_packed_branches_equal_separate_sequences(pair):
+    """Windows, learned positions and partial rotary hold for the rejected branch too."""
+    _, folder = pair
+    model = Transformer.from_pretrained(folder, dtype=torch.float64)
+    p, c, r = TOKENS[0, :9], TOKENS[0, 9:20], TOKENS[1, :13]
+    positions = torch.cat((torch.arange(20), torch.arange(9, 22)))
+    packed = model.hidden_states(torch.cat((p, c, r)), positions, Segments.packed([(9, 11, 13)]))
+    for branch, rows in ((c, packed[:20]), (r, packed[20:])):
+        n = 9 + len(branch)
+        alone = model.hidden_states(
+            torch.cat((p, branch)), torch.arange(n), Segments.plain(1, n, n)
+        )
+        same(alone[-len(rows) :], rows, 1e-12)
+
+
+def test_shards_and_pickles_load_too(pair, tmp_path):
+    model, folder = pair
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((folder / "config.json").read_bytes())
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    for variant in (tmp_path / "shards", pickled):
+        same(Transformer.from_pretrained(variant)(TOKENS), logits_of(model))
+
+
+def test_names_without_the_base_prefix_load_too(pair, tmp_path):
+    """As a base model is saved, with lm_head beside it where it is not tied."""
+    model, folder = pair
+    state = {
+        key.removeprefix("transformer.").removeprefix("model."): value
+        for key, value in model.state_dict().items()
+    }
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    same(Transformer.from_pretrained(tmp_path)(TOKENS), logits_of(model))
+
+
+def test_bfloat16_storage(pair, tmp_path):
+    model, folder = pair
+    ours = Transformer.from_pretrained(folder)
+    ours.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    stored = Transformer.from_pretrained(tmp_path)
+    assert stored.lm_head_weight.dtype == torch.bfloat16
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    same(
+        Transformer.from_pretrained(tmp_path, dtype=torch.float32)(TOKENS), logits_of(theirs.eval())
+    )
+
+
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
+def test_a_saved_model_loads_there_with_equal_logits(pair, tmp_path, shard_bytes):
+    model, folder = pair
+    Transformer.from_pretrained(folder).save_pretrained(tmp_path, shard_bytes=shard_bytes)
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert type(back) is type(model)
+    same(logits_of(back.eval()), logits_of(model), 1e-6)
+
+
+def test_published_configs_with_old_keys_mean_the_same(pair, tmp_path):
+    """rope_theta, rope_scaling and torch_dtype at the top, as most of the Hub has them."""
+    model, folder = pair
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters", None) or {}
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config.pop("layer_types", None)
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    same(Transformer.from_pretrained(tmp_path)(TOKENS), logits_of(model))
+
+
+def test_opt_350m_is_refused_by_name(tmp_path):
+    config = transformers.OPTConfig(word_embed_proj_dim=512, hidden_size=1024)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config.json: .*OPT-350M"):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["GPTNeoX", "Gemma", "Mixtral"])
+def test_other_architectures_are_refused_with_what_is_supported(tmp_path, other):
+    getattr(transformers, f"{other}Config")().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not supported, only llama, mistral, qwen2, .*opt"):
+        Transformer.from_pretrained(tmp_path)
