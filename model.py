@@ -463,7 +463,8 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
     if top_p is not None:
         sorted_logits, order = logits.sort(descending=True, dim=-1)
         probs = sorted_logits.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p  # mass before a token; the first always stays
+        outside = probs.cumsum(-1) - probs >= top_p  # by the mass before a token
+        outside[:, 0] = False  # the likeliest always stays
         logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
