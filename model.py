@@ -11,8 +11,8 @@ Notable features:
 - safetensors by hand, memory-mapped, every name, shape and offset checked
 
 dtypes: parameters stay as loaded (float32 in training). `compute_dtype` is that of the residual
-stream and the matrix products, to which each weight is cast where it is used. Norms and rotary
-angles are computed in float32 (float64 for float64).
+stream and the matrix products, to which each weight is cast where it is used. Norms are computed
+in float32 (float64 for float64), rotary angles in float32.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
 H heads, K key/value heads, d head size, V vocabulary.
@@ -24,7 +24,7 @@ import json
 import math
 import mmap
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +67,8 @@ class ModelConfig:
         if source.get("model_type") != "llama":
             raise ValueError(f"{path}: model_type {source.get('model_type')!r}; supported: 'llama'")
         rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: rope_scaling {rope!r} is not an object")
         # transformers 5 renamed two keys; the old ones go first, as most checkpoints have them.
         c = {"torch_dtype": source.get("dtype"), "rope_theta": rope.get("rope_theta")}
         c |= {"rope_type": rope.get("rope_type", rope.get("type"))}
@@ -78,6 +80,13 @@ class ModelConfig:
             if c.get(key) is None:
                 raise ValueError(f"{path}: key {key!r} is missing")
         ours = {name: c[key] for name, key in CONFIG_KEYS.items() if c.get(key) is not None}
+        for f in fields(cls):
+            value = ours.get(f.name)
+            kinds = (int, float) if f.type is float else f.type
+            if value is not None and (
+                not isinstance(value, kinds) or (f.type is int and value < 1)
+            ):
+                raise ValueError(f"{path}: {CONFIG_KEYS[f.name]} cannot be {value!r}")
         try:
             return cls(**ours, source=source)
         except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -410,6 +419,8 @@ class Transformer(nn.Module):
                     f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, "
                     f"config.json asks for shape {tuple(parameter.shape)}"
                 )
+            if not tensor.is_floating_point():
+                raise ValueError(f"{file}: tensor {name!r} is stored as {tensor.dtype}")
             module, _, leaf = name.rpartition(".")
             tensor = tensor.to(device=device or "cpu", dtype=dtype, copy=True)
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
@@ -440,6 +451,12 @@ class Transformer(nn.Module):
                 shards, size = [*shards, {}], 0
             shards[-1][name] = t
             size += t.nbytes
+        # An older model's files in this folder would be loaded in place of these.
+        for old in (
+            *folder.glob("model*.safetensors"),
+            *folder.glob("model.safetensors.index.json"),
+        ):
+            old.unlink()
         if len(shards) == 1:
             return write_safetensors(folder / "model.safetensors", tensors)
         where = {}
@@ -494,7 +511,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file; a Hugging Face model folder has one")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
@@ -519,6 +536,10 @@ def checkpoint_tensors(folder: Path):
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{file}: not a readable checkpoint of tensors: {reason}") from None
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
+        ):
+            raise ValueError(f"{file}: not a dict of names and tensors")
         yield from ((file, name, tensor) for name, tensor in state.items())
         return
     else:
@@ -554,9 +575,12 @@ def read_safetensors(path) -> dict[str, Tensor]:
                 entry["shape"],
                 entry["data_offsets"],
             )
-            n_bytes = math.prod(shape) * dtype.itemsize
+            # before any product: ["ab", 10**18] would be a very long string
             if not all(type(x) is int and x >= 0 for x in (*shape, begin, stop)):
                 raise ValueError(f"tensor {name!r} has a negative or broken shape or offset")
+            n_bytes = math.prod(shape) * dtype.itemsize
+            if math.prod(max(x, 1) for x in shape) >= 2**63:
+                raise ValueError(f"tensor {name!r} has too large a shape")
             if begin != end or stop - begin != n_bytes or 8 + n + stop > size:
                 raise ValueError(
                     f"tensor {name!r}: bytes {begin}:{stop} of {size - 8 - n}, {shape}"
@@ -567,6 +591,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
                 raw = torch.frombuffer(data, dtype=torch.uint8, count=n_bytes, offset=8 + n + begin)
                 raw = raw.clone() if (8 + n + begin) % dtype.itemsize else raw  # must be aligned
                 tensors[name] = raw.view(dtype).view(shape)
+        if 8 + n + end != size:
+            raise ValueError(f"{size - 8 - n - end} bytes belong to no tensor")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken safetensors file: {error}") from None
     return tensors

@@ -1,0 +1,72 @@
+"""Fixtures: a random Llama, a sentencepiece model trained here, real ones where they exist."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+from model import ModelConfig, Transformer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real checkpoints, tokenizers and pairs that may lie beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data (real checkpoints and pairs) is not beside this repository")
+    return SHARED
+
+
+CORPUS = [
+    f"{who} {does} {what}, and {does} it {how}."
+    for who in ("The teacher", "A farmer", "My sister", "Nobody")
+    for does in ("likes", "paints", "repairs", "understands")
+    for what in ("the old bridge", "a violin", "10 clocks")
+    for how in ("slowly", "with care", "every day")
+]
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model() -> bytes:
+    """A byte-fallback BPE like Llama's: 0 <unk>, 1 <s>, 2 </s>, then bytes, then 141 pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(sentencepiece_model, tmp_path_factory) -> Path:
+    """A folder with tokenizer.model and tokenizer_config.json."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A folder with a random Llama of 20 thousand parameters and tiny_tokenizer's files."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=400, dim=16, n_layers=2, n_heads=4, hidden_dim=24, n_kv_heads=2, max_seq_len=256
+    )
+    Transformer(config).save_pretrained(folder)
+    for file in tiny_tokenizer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
