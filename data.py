@@ -60,7 +60,9 @@ def load_preferences(path) -> list[Preference]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
-                rows.append(_preference(json.loads(line.decode("utf-8")), f"{path}:{number}"))
+                row = json.loads(line.decode("utf-8"))
+                json.dumps(row, ensure_ascii=False).encode("utf-8")  # not so half a surrogate pair
+                rows.append(_preference(row, f"{path}:{number}"))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not rows:
@@ -74,6 +76,9 @@ def _preference(row, where: str) -> Preference:
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f"key {key!r} is missing; the row has {sorted(row)}")
+        if not isinstance(row[key], str | list):
+            kind = type(row[key]).__name__
+            raise ValueError(f"{key} must be text or a list of messages, not {kind}")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     accept = row.get("accept")
     if accept is not None and not (
@@ -122,7 +127,7 @@ def _check_messages(key: str, messages):
 def _common_text(a: str, b: str) -> str:
     """The common beginning of two texts, back to a word's end, so that both go on with a space."""
     n = len(os.path.commonprefix([a, b]))
-    while n and not a[n : n + 1].isspace():
+    while n and not (a[n : n + 1].isspace() and b[n : n + 1].isspace()):
         n -= 1
     return a[:n]
 
@@ -297,7 +302,12 @@ def load_tokenizer(path) -> "SentencePieceTokenizer":
     file = path / "tokenizer.model" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; supported: sentencepiece's tokenizer.model")
-    return SentencePieceTokenizer(file)
+    try:
+        return SentencePieceTokenizer(file)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        if str(error).startswith(str(file.parent)):
+            raise
+        raise ValueError(f"{file.parent}: broken tokenizer files: {error}") from None
 
 
 # Appended to a serialised sentencepiece model these bytes override its normaliser, as protobuf
@@ -405,6 +415,7 @@ AUTHORS_CHAT_TEMPLATE = (
 def render_chat_template(template: str, messages, add_generation_prompt, special_tokens) -> str:
     """A Hugging Face chat template (jinja2), in a sandbox: it comes with a download, it is code."""
     import jinja2
+    import jinja2.ext
     import jinja2.sandbox
 
     def raise_exception(message):
@@ -415,8 +426,17 @@ def render_chat_template(template: str, messages, add_generation_prompt, special
             x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
 
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks what a model writes: of no effect on the text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
     environment.globals["raise_exception"] = raise_exception
@@ -483,10 +503,13 @@ def show(pair: Pair, tokenizer, colour: bool = True) -> str:
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # without the dump of the usage
+        raise ValueError(f"{message} (see python data.py --help)")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Show encoded pairs, coloured by what is trained on."
-    )
+    parser = Parser(description="Show encoded pairs, coloured by what is trained on.")
     parser.add_argument("file", help="preference rows, JSON Lines")
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the tokenizer")
     parser.add_argument(
@@ -495,8 +518,8 @@ def main(argv=None):
     parser.add_argument(
         "--max-prompt-length", type=int, default=1792, help="(default: %(default)s)"
     )
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         tokenizer, rows = load_tokenizer(args.model), load_preferences(args.file)
         pairs, _, dropped = encode_rows(tokenizer, rows, args.max_length, args.max_prompt_length)
     except (OSError, ValueError) as error:

@@ -10,8 +10,8 @@ Notable features:
 - safetensors by hand, memory-mapped, every name, shape and offset checked
 
 dtypes: parameters stay as loaded (float32 in training). `compute_dtype` is that of the residual
-stream and the matrix products, to which each weight is cast where it is used. Norms and rotary
-angles are computed in float32 (float64 for float64). There is no dropout.
+stream and the matrix products, to which each weight is cast where it is used. Norms are computed
+in float32 (float64 for float64), rotary angles in float32. There is no dropout.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
 H heads, K key/value heads, d head size, V vocabulary.
@@ -26,7 +26,7 @@ import mmap
 import os
 import re
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +92,8 @@ class ModelConfig:
         keys = LLAMA_KEYS | family.keys
         # transformers 5 renamed some keys; the old ones win, as most checkpoints have them
         rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: rope_scaling {rope!r} is not an object")
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         c = {"torch_dtype": source.get("dtype"), "rope_type": rope_type, **rope}
         c |= {key: value for key, value in source.items() if value is not None}
@@ -110,6 +112,12 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"):
             if name not in ours:
                 raise ValueError(f"{path}: key {keys[name]!r} is missing")
+        for f in fields(cls):
+            value, kinds = ours.get(f.name), (int, float) if f.type is float else f.type
+            if value is not None and not (
+                isinstance(value, kinds) and (f.type is not int or value > 0)
+            ):
+                raise ValueError(f"{path}: {keys[f.name]} cannot be {value!r}")
         ours["windows"] = _windows(c, ours["n_layers"]) if family.windows else []
         ours["rope_scaling"] = rope | {"rope_type": rope_type} if rope_type != "default" else {}
         try:
@@ -597,6 +605,8 @@ class Transformer(nn.Module):
             ours = expected.pop(name)
             if family.conv1d and name.startswith("h.") and tensor.dim() == 2:
                 tensor = tensor.t()
+            if not tensor.is_floating_point():
+                raise ValueError(f"{file}: tensor {name!r} is stored as {tensor.dtype}")
             rows = [parameter.shape[0] for _, parameter in ours]
             wanted = (sum(rows), *ours[0][1].shape[1:])
             if tensor.shape != wanted:
@@ -640,6 +650,9 @@ class Transformer(nn.Module):
                 shards, size = [*shards, {}], 0
             shards[-1][name] = t
             size, total = size + n_bytes, total + n_bytes
+        # An older model's files in this folder would be loaded in place of these.
+        for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.index.json")):
+            old.unlink()
         if len(shards) == 1:
             return write_safetensors(folder / "model.safetensors", tensors, dtype)
         where = {}
@@ -693,7 +706,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file; a Hugging Face model folder has one")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
@@ -728,10 +741,13 @@ def pickled_of(file: Path):
     try:  # only the zip format, new since torch 1.6, can be mapped
         mapped = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        yield from [(name, tensor) for name, tensor in state.items() if tensor.layout]
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file}: not a readable checkpoint of tensors: {reason}") from None
+    items = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in items):
+        raise ValueError(f"{file}: not a dict of names and tensors")
+    yield from items
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
@@ -775,11 +791,15 @@ def _safetensors_header(header: bytes, n_data: int) -> list[tuple]:
         dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if not all(type(x) is int and x >= 0 for x in (*shape, begin, stop)):
             raise ValueError(f"tensor {name!r} has a negative or broken shape or offset")
+        if math.prod(max(x, 1) for x in shape) >= 2**63:
+            raise ValueError(f"tensor {name!r} has too large a shape")
         n_bytes = math.prod(shape) * dtype.itemsize
         if begin != end or stop - begin != n_bytes or stop > n_data:
             raise ValueError(f"tensor {name!r}, shape {shape}: bytes {begin}:{stop} of {n_data}")
         end = stop
         tensors.append((name, dtype, shape, begin, n_bytes))
+    if end != n_data:
+        raise ValueError(f"{n_data - end} bytes belong to no tensor")
     return tensors
 
 
