@@ -789,7 +789,8 @@ def _safetensors_header(header: bytes, n_data: int) -> list[tuple]:
     tensors, end = [], 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not all(type(x) is int and x >= 0 for x in (*shape, begin, stop)):
+        sizes = shape if isinstance(shape, list) else [-1]
+        if not all(type(x) is int and x >= 0 for x in (*sizes, begin, stop)):
             raise ValueError(f"tensor {name!r} has a negative or broken shape or offset")
         if math.prod(max(x, 1) for x in shape) >= 2**63:
             raise ValueError(f"tensor {name!r} has too large a shape")
