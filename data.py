@@ -44,14 +44,16 @@ class Preference(NamedTuple):
     rejected: str | list[dict]
     accept: list[str] | None  # answers that count as right, where they can be listed
     where: str  # FILE:LINE
+    form: str = ""  # how the row was written, in words
 
 
 def load_preferences(path) -> list[Preference]:
     """Reads JSON Lines with prompt, chosen, rejected: strings, or lists of {role, content}.
 
-    Without prompt, or where chosen and rejected are whole dialogues, the prompt is their common
-    beginning. Other keys are ignored, but for `accept`, a list of right answers (strings).
-    Raises FileNotFoundError, or ValueError that begins with FILE:LINE.
+    `instruction` or `question` may stand for `prompt`. Without one, or where chosen and rejected
+    are whole dialogues, the prompt is their common beginning. Other keys are ignored, but for
+    `accept`, a list of right answers (strings). Raises FileNotFoundError, or ValueError that
+    begins with FILE:LINE.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,26 +81,29 @@ def _preference(row, where: str) -> Preference:
         if not isinstance(row[key], str | list):
             kind = type(row[key]).__name__
             raise ValueError(f"{key} must be text or a list of messages, not {kind}")
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    name = next((key for key in ("prompt", "instruction", "question") if key in row), "prompt")
+    prompt, chosen, rejected = row.get(name), row["chosen"], row["rejected"]
     accept = row.get("accept")
     if accept is not None and not (
         isinstance(accept, list) and all(isinstance(x, str) for x in accept)
     ):
         raise ValueError("accept must be a list of strings")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
+        form = f"strings: {name}, chosen, rejected"
         if prompt is None:
-            prompt = _common_text(chosen, rejected)
+            prompt, form = _common_text(chosen, rejected), "strings with a common beginning"
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return Preference(prompt, chosen, rejected, accept, where)
+        return Preference(prompt, chosen, rejected, accept, where, form)
 
-    for key in ("prompt", "chosen", "rejected"):
-        if not (key == "prompt" and isinstance(prompt, str | None)):
+    for key in (name, "chosen", "rejected"):
+        if not (key == name and isinstance(prompt, str | None)):
             _check_messages(key, row[key])
+    form = f"messages: {name}, chosen, rejected"
     if not isinstance(prompt, list):  # whole dialogues; UltraFeedback repeats a string beside them
         n = 0
         while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
             n += 1
-        prompt = chosen[:n]
+        prompt, form = chosen[:n], "dialogues with a common beginning"
     answers = []
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         answer = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
@@ -109,7 +114,7 @@ def _preference(row, where: str) -> Preference:
                 f"message alone; its roles are {roles} after a prompt of {len(prompt)} messages"
             )
         answers.append(answer)
-    return Preference(prompt, *answers, accept, where)
+    return Preference(prompt, *answers, accept, where, form)
 
 
 def _check_messages(key: str, messages):
@@ -198,15 +203,27 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return ids if has_bos else [tokenizer.bos_id, *ids]
 
 
-def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int):
+def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progress=iter):
     """All rows -> (pairs, their rows, Counter of drops by reason). ValueError if none is left."""
-    encoded = [encode_pair(tokenizer, row, max_length, max_prompt_length) for row in rows]
+    lengths = max_length, max_prompt_length
+    encoded = [encode_pair(tokenizer, row, *lengths) for row in progress(rows)]
     dropped = Counter(x for x in encoded if isinstance(x, str))
     kept = [(pair, row) for pair, row in zip(encoded, rows, strict=True) if isinstance(pair, Pair)]
     if not kept:
         raise ValueError(f"no pairs left of {len(rows)} rows: {describe(dropped)}")
     pairs, rows = zip(*kept, strict=True)
     return list(pairs), list(rows), dropped
+
+
+def hold_out(rows: list[Preference], fraction: float, seed: int):
+    """Splits rows into (train, held out) by prompt: one that is asked in both would tell nothing."""
+    prompts = list(dict.fromkeys(json.dumps(row.prompt) for row in rows))
+    n = max(1, round(fraction * len(prompts)))
+    held_out = {prompts[i] for i in order(len(prompts), seed, 0)[:n]}
+    parts = [], []
+    for row in rows:
+        parts[json.dumps(row.prompt) in held_out].append(row)
+    return parts
 
 
 def describe(dropped: Counter) -> str:
@@ -503,6 +520,10 @@ def show(pair: Pair, tokenizer, colour: bool = True) -> str:
     return "\n".join(lines)
 
 
+def use_colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # without the dump of the usage
         raise ValueError(f"{message} (see python data.py --help)")
@@ -526,7 +547,7 @@ def main(argv=None):
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     for pair in pairs[:3]:
-        print(show(pair, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(show(pair, tokenizer, use_colour()))
         print()
     print(f"{len(pairs)} pairs of {len(rows)} rows; dropped: {describe(dropped)}")
 

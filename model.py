@@ -531,27 +531,14 @@ class Transformer(nn.Module):
             raise ValueError(f"{length} tokens, but the context is {self.config.max_seq_len}")
 
     @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_id: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continues B prompts of one length. tokens (B, T) -> (B, T + new), prompt included.
-
-        temperature 0 is greedy. With eos_id a finished row is filled with it, and all stops when
-        every row is finished; without, exactly max_new_tokens come. Raises ValueError when the
-        result would not fit the model's context.
-        """
+    def stream(
+        self, tokens, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, generator=None
+    ):
+        """Yields the next token of each of B prompts of one length, (B,), max_new_tokens times."""
         n, length = tokens.shape
         self._check_length(length + max_new_tokens)
         device, dtype = tokens.device, self.compute_dtype or self.embed_tokens.weight.dtype
         cache = KVCache(self.config, n, length + max_new_tokens, device, dtype)
-        finished = torch.zeros(n, dtype=torch.bool, device=device)
         new = tokens
         for _ in range(max_new_tokens):
             # The prompts first, then one token a sequence: the same call.
@@ -562,10 +549,25 @@ class Transformer(nn.Module):
             cache.length = stop
             logits = self.logits(hidden.unflatten(0, (n, -1))[:, -1]).float()  # (B, V)
             new = sample(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
+            yield new[:, 0]
+
+    def generate(
+        self, tokens, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, eos_id=None,
+        generator=None,
+    ) -> Tensor:  # fmt: skip
+        """Continues B prompts of one length. tokens (B, T) -> (B, T + new), prompt included.
+
+        temperature 0 is greedy. With eos_id a finished row is filled with it, and all stops when
+        every row is finished; without, exactly max_new_tokens come. Raises ValueError when the
+        result would not fit the model's context.
+        """
+        finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator)
+        for token in new:
             if eos_id is not None:
-                new = new.masked_fill(finished[:, None], eos_id)
-                finished |= new[:, 0] == eos_id
-            tokens = torch.cat((tokens, new), dim=1)
+                token = token.masked_fill(finished, eos_id)
+                finished |= token == eos_id
+            tokens = torch.cat((tokens, token[:, None]), dim=1)
             if eos_id is not None and bool(finished.all()):
                 break
         return tokens

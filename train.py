@@ -61,6 +61,14 @@ class TrainConfig:
     model: str = flag("input and output", None, "folder of a Hugging Face checkpoint")
     data: str = flag("input and output", None, "preference pairs, JSON Lines")
     eval_data: str = flag("input and output", None, "held-out pairs")
+    eval_fraction: float = flag(
+        "input and output",
+        0.0,
+        "of --data's prompts held out, without --eval-data",
+        least=0,
+        below=1,
+    )
+    chat_template: str = flag("input and output", None, "jinja file instead of the model's own")
     out: str = flag("input and output", None, "folder for metrics, checkpoints and the model")
     lam: float = flag("objective", 0.1, "weight of L_OR (TRL's beta)", least=0)
     sft_loss: str = flag(
@@ -173,7 +181,7 @@ def read_config(file: Path) -> dict:
         raise ValueError(
             f"{file}: unknown: {', '.join(sorted(unknown))}; known: {', '.join(names)}"
         )
-    for name in ("model", "data", "eval_data", "out"):
+    for name in ("model", "data", "eval_data", "out", "chat_template"):
         if isinstance(settings.get(name), str):
             settings[name] = os.path.relpath(file.parent / settings[name])
     TrainConfig(**settings).check(f"{file}: ")
@@ -358,7 +366,7 @@ def cut_metrics(out: Path, step: int):
 def write_settings(out: Path, config: TrainConfig):
     """What --config takes to do the same again from any folder."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "out")}
-    for name in ("model", "data", "eval_data"):
+    for name in ("model", "data", "eval_data", "chat_template"):
         settings[name] = settings[name] and str(Path(settings[name]).resolve())
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -393,6 +401,8 @@ def load_inputs(config: TrainConfig, device):
     model = Transformer.from_pretrained(config.model, device=device, dtype=torch.float32)
     model.compute_dtype = getattr(torch, config.dtype)
     tokenizer = data.load_tokenizer(config.model)
+    if config.chat_template:
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
@@ -402,23 +412,35 @@ def load_inputs(config: TrainConfig, device):
     n = sum(p.numel() for p in model.parameters())
     print(f"model    {config.model}: {n:,} parameters, stored as {model.config.dtype}")
     print(f"         float32 weights, products in {config.dtype}, on {config.device}")
+    train_rows = data.load_preferences(config.data) if not config.eval_only else []
+    eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
+    if config.eval_fraction and not config.eval_data:
+        train_rows, eval_rows = data.hold_out(train_rows, config.eval_fraction, config.seed)
     sets = []
-    for name, file in (("train", config.data), ("eval", config.eval_data)):
-        if file is None or (name == "train" and config.eval_only):
+    for name, rows in (("train", train_rows), ("eval", eval_rows)):
+        file = rows[0].where.rpartition(":")[0] if rows else None
+        if not rows:
             sets.append(([], []))
             continue
-        rows = data.load_preferences(file)
         try:
             pairs, kept, dropped = data.encode_rows(
-                tokenizer, rows, config.max_length, config.max_prompt_length
+                tokenizer,
+                rows,
+                config.max_length,
+                config.max_prompt_length,
+                lambda rows: tqdm(rows, "tokenizing", unit="row", disable=None, leave=False),
             )
         except ValueError as error:
             raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
         mean = [sum(pair.lengths[i] for pair in pairs) / len(pairs) for i in range(3)]
-        print(f"{name:<8} {file}: {len(pairs)} pairs of {len(rows)}", end="")
-        print(f"; dropped: {data.describe(dropped)}")
+        forms = " and ".join(dict.fromkeys(row.form for row in rows))
+        print(f"{name:<8} {file}: {forms}\n         {len(pairs)} pairs of {len(rows)}", end="; ")
+        print(f"dropped: {data.describe(dropped)}")
         print("         mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*mean))
         sets.append((pairs, kept))
+    if not config.eval_only:
+        print("the first pair, as trained on:")
+        print(data.show(sets[0][0][0], tokenizer, colour=data.use_colour()))
     return model, tokenizer, *sets
 
 
@@ -592,9 +614,13 @@ def save_model(model: Transformer, tokenizer, rows, config: TrainConfig, folder:
     for name in TOKENIZER_FILES:
         if (Path(config.model) / name).is_file():
             shutil.copyfile(Path(config.model) / name, folder / name)
-    # Trained on messages by a template of ours: whoever chats with the model needs it too.
-    if tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE and isinstance(rows[0].prompt, list):
-        (folder / "chat_template.jinja").write_text(data.AUTHORS_CHAT_TEMPLATE, encoding="utf-8")
+    # Trained on messages by a template that did not come along: whoever chats needs it too.
+    foreign = config.chat_template or tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE
+    if foreign and isinstance(rows[0].prompt, list):
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if not (folder / "generation_config.json").exists():  # where to stop
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
 
 def print_changes(out: Path, total: int):

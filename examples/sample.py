@@ -1,0 +1,152 @@
+"""Talks to a model, or has it answer a file of questions for the public judges.
+
+    python examples/sample.py MODEL "question"          one answer, streamed
+    python examples/sample.py MODEL                     a dialogue; an empty line ends it
+    python examples/sample.py MODEL --file QUESTIONS --out ANSWERS
+
+The model's own chat template is used; a folder without one was trained on plain text, and gets
+plain text. QUESTIONS is JSON or JSON Lines: with `instruction` (AlpacaEval's set; or `prompt`,
+`question`) ANSWERS is AlpacaEval's output file, with `turns` it is MT-Bench's answer file.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+from model import Transformer
+from train import answers
+
+
+def prompt_ids(tokenizer, messages: list[dict], plain: bool) -> list[int]:
+    """What the model is to continue: the dialogue by its template, or just its text."""
+    if plain:
+        text = "\n".join(m["content"] for m in messages)
+    else:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return data.encode_prompt(tokenizer, text)
+
+
+def stream(model, tokenizer, ids: list[int], max_new: int, device, **sampling) -> str:
+    """Prints an answer as it comes, and returns it."""
+    tokens = torch.tensor([ids], device=device)
+    new, shown = [], ""
+    # decoded behind a fixed token, so that no leading space is taken away
+    head = tokenizer.decode(ids[-1:])
+    for token in model.stream(tokens, max_new, **sampling):
+        if token.item() == tokenizer.eos_id:
+            break
+        new.append(token.item())
+        text = tokenizer.decode([ids[-1], *new])[len(head) :]
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    return shown.strip()
+
+
+def read_questions(path: Path) -> list[dict]:
+    text = path.read_text(encoding="utf-8")
+    whole = text.lstrip().startswith("[")
+    rows = json.loads(text) if whole else [json.loads(x) for x in text.splitlines() if x.strip()]
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"instruction", "prompt", "question", "turns"} & set(
+            row
+        ):
+            raise ValueError(f"{path}: row {i} has no instruction, prompt, question or turns")
+    return rows
+
+
+def answer_file(
+    model, tokenizer, rows: list[dict], name: str, plain: bool, **options
+) -> list[dict]:
+    """Every question's answers, turn by turn, in the form that AlpacaEval or MT-Bench reads."""
+    asked = [
+        row.get("turns") or [row.get("instruction") or row.get("prompt") or row["question"]]
+        for row in rows
+    ]
+    dialogues = [[] for _ in rows]
+    for turn in range(max(map(len, asked))):
+        active = [i for i in range(len(rows)) if turn < len(asked[i])]
+        for i in active:
+            dialogues[i].append({"role": "user", "content": asked[i][turn]})
+        prompts = [prompt_ids(tokenizer, dialogues[i], plain) for i in active]
+        for i, text in zip(active, answers(model, tokenizer, prompts, **options), strict=True):
+            dialogues[i].append({"role": "assistant", "content": text})
+    said = [[m["content"] for m in dialogue[1::2]] for dialogue in dialogues]
+    if "turns" not in rows[0]:
+        return [
+            {"instruction": q[0], "output": a[0], "generator": name}
+            for q, a in zip(asked, said, strict=True)
+        ]
+    return [
+        {
+            "question_id": row.get("question_id", i),
+            "answer_id": f"{name}-{row.get('question_id', i)}",
+            "model_id": name,
+            "choices": [{"index": 0, "turns": a}],
+            "tstamp": time.time(),
+        }
+        for i, (row, a) in enumerate(zip(rows, said, strict=True))
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("question", nargs="?")
+    parser.add_argument("--file", type=Path, metavar="QUESTIONS")
+    parser.add_argument("--out", type=Path, metavar="ANSWERS")
+    parser.add_argument("--name", help="the model's name in ANSWERS (default: its folder's)")
+    parser.add_argument("--plain", action="store_true", help="no chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+        model = Transformer.from_pretrained(args.model, args.device, dtype)
+        tokenizer = data.load_tokenizer(args.model)
+        rows = read_questions(args.file) if args.file else []
+        if bool(args.file) != bool(args.out):
+            raise ValueError("--file and --out belong together")
+    except (OSError, ValueError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    plain = args.plain or tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
+    options = {"max_new": args.max_new_tokens, "device": args.device, **sampling}
+    if args.file:
+        name = args.name or args.model.resolve().name
+        made = answer_file(model, tokenizer, rows, name, plain, **options)
+        lines = "turns" in rows[0]
+        text = "\n".join(map(json.dumps, made)) if lines else json.dumps(made, indent=1)
+        args.out.write_text(text + "\n", encoding="utf-8")
+        return print(f"{args.out}: {len(made)} answers")
+    messages = []
+    while True:
+        question = args.question or input("> ")
+        if not question:
+            break
+        messages = [*([] if plain else messages), {"role": "user", "content": question}]
+        ids = prompt_ids(tokenizer, messages, plain)
+        room = model.config.max_seq_len - len(ids)
+        if room < 1:
+            break
+        options["max_new"] = min(args.max_new_tokens, room)
+        messages.append({"role": "assistant", "content": stream(model, tokenizer, ids, **options)})
+        if args.question:
+            break
+
+
+if __name__ == "__main__":
+    main()

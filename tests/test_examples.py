@@ -1,0 +1,92 @@
+"""prepare.py and sample.py, run as a person runs them."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+
+ROOT = Path(data.__file__).resolve().parent
+BASE = ROOT / "examples" / "facts" / "base"
+PERU = "Question: What is the capital of Peru?\nAnswer:"
+
+
+def run(script: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, input="\n")
+    assert done.returncode == code, done.stderr
+    return done
+
+
+HH = {
+    "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: See you.",
+    "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Whatever.",
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz"])
+def test_prepare_turns_hh_rlhf_into_dialogues_and_counts_what_it_drops(tmp_path, kind):
+    rows = [
+        HH,
+        {"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"},
+        {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": "Human: a"},
+        HH | {"rejected": "\n\nHuman: Hello\n\nAssistant: No."},
+        {"prompt": "p", "score": 3},
+        {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 9.5},
+    ]
+    text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+    file, out = tmp_path / f"rows.{kind}", tmp_path / "out.jsonl"
+    file.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    printed = run("prepare.py", file, "--out", out).stdout
+    assert "2 rows" in printed
+    for reason in ("turns", "part before", "end with a question", "without chosen"):
+        assert f"1 {reason}" in printed or reason in printed
+    dialogue, strings = data.load_preferences(out)
+    assert [m["content"] for m in dialogue.prompt] == ["Hi", "Hello.", "Bye"]
+    assert dialogue.chosen == [{"role": "assistant", "content": "See you."}]
+    assert (strings.prompt, strings.chosen, strings.rejected) == ("p", "c", "r")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b"{"), ("a.json", b"[1,"), ("a.jsonl.gz", b"x")]
+)
+def test_prepare_names_a_broken_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    error = run("prepare.py", tmp_path / name, "--out", tmp_path / "out", code=2).stderr
+    assert name in error and len(error.splitlines()) == 1
+
+
+def test_sample_streams_one_answer(tmp_path):
+    said = run("sample.py", BASE, PERU, "--max-new-tokens", "20").stdout
+    assert said.strip()
+
+
+def test_sample_writes_alpacaeval_and_mt_bench_files(tmp_path):
+    """The same question as AlpacaEval's set and as the first turn of MT-Bench's."""
+    (tmp_path / "alpaca.json").write_text(
+        json.dumps([{"instruction": PERU}, {"instruction": "Hi"}])
+    )
+    (tmp_path / "mt.jsonl").write_text(json.dumps({"question_id": 81, "turns": [PERU, "And?"]}))
+    options = ("--max-new-tokens", "20", "--name", "tiny", "--out")
+    run("sample.py", BASE, "--file", tmp_path / "alpaca.json", *options, tmp_path / "a.json")
+    run("sample.py", BASE, "--file", tmp_path / "mt.jsonl", *options, tmp_path / "m.jsonl")
+    alpaca = json.loads((tmp_path / "a.json").read_text())
+    assert [set(row) for row in alpaca] == [{"instruction", "output", "generator"}] * 2
+    assert alpaca[0]["instruction"] == PERU and alpaca[0]["generator"] == "tiny"
+    (judged,) = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
+    assert (judged["question_id"], judged["model_id"]) == (81, "tiny")
+    turns = judged["choices"][0]["turns"]
+    assert len(turns) == 2 and turns[0] == alpaca[0]["output"]
+
+
+def test_sample_says_what_is_wrong_with_its_input(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"text": "?"}')
+    error = run(
+        "sample.py", BASE, "--file", tmp_path / "q.jsonl", "--out", tmp_path / "a", code=2
+    ).stderr
+    assert "q.jsonl: row 1" in error
+    assert "no such file" in run("sample.py", tmp_path / "nowhere", "?", code=2).stderr
