@@ -210,7 +210,7 @@ def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int):
 
 
 def describe(dropped: Counter) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none dropped"
+    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"
 
 
 # ---------------------------------------------------------------------------------------------
