@@ -227,7 +227,7 @@ def hold_out(rows: list[Preference], fraction: float, seed: int):
 
 
 def describe(dropped: Counter) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none dropped"
+    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"
 
 
 # ---------------------------------------------------------------------------------------------
