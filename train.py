@@ -20,6 +20,7 @@ There is no dropout, whatever the checkpoint's config says (TRL switches it off 
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -52,37 +53,31 @@ TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
 # Settings. A field is a flag; a JSON config holds the same names.
 
 
-def flag(group: str, default, help: str, **more):
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, **more})
+def flag(group: str, default, help: str, choices=None, least=None, below=math.inf):
+    meta = {"group": group, "help": help, "choices": choices, "least": least, "below": below}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+IO, OBJECTIVE, OPTIMIZER = "input and output", "objective", "optimizer"
 
 
 @dataclass
 class TrainConfig:
-    model: str = flag("input and output", None, "folder of a Hugging Face checkpoint")
-    data: str = flag("input and output", None, "preference pairs, JSON Lines")
-    eval_data: str = flag("input and output", None, "held-out pairs")
-    eval_fraction: float = flag(
-        "input and output",
-        0.0,
-        "of --data's prompts held out, without --eval-data",
-        least=0,
-        below=1,
-    )
-    chat_template: str = flag("input and output", None, "jinja file instead of the model's own")
-    out: str = flag("input and output", None, "folder for metrics, checkpoints and the model")
-    lam: float = flag("objective", 0.1, "weight of L_OR (TRL's beta)", least=0)
-    sft_loss: str = flag(
-        "objective", "response", "tokens under L_SFT; full: as TRL", choices=("response", "full")
-    )
-    lr: float = flag("optimizer", 8e-6, "peak learning rate of AdamW", least=0)
-    lr_schedule: str = flag(
-        "optimizer", "cosine", "after warm-up", choices=("cosine", "linear", "constant")
-    )
-    warmup_steps: int = flag("optimizer", 10, "linear warm-up", least=0)
-    weight_decay: float = flag("optimizer", 0.0, "of matrices", least=0)
-    grad_clip: float = flag("optimizer", 1.0, "largest gradient norm; 0: off", least=0)
-    adam_beta1: float = flag("optimizer", 0.9, "", least=0, below=1)
-    adam_beta2: float = flag("optimizer", 0.999, "", least=0, below=1)
+    model: str = flag(IO, None, "folder of a Hugging Face checkpoint")
+    data: str = flag(IO, None, "preference pairs, JSON Lines")
+    eval_data: str = flag(IO, None, "held-out pairs")
+    eval_fraction: float = flag(IO, 0.0, "of --data's prompts held out instead", least=0, below=1)
+    chat_template: str = flag(IO, None, "jinja file instead of the model's own")
+    out: str = flag(IO, None, "folder for metrics, checkpoints and the model")
+    lam: float = flag(OBJECTIVE, 0.1, "weight of L_OR (TRL's beta)", least=0)
+    sft_loss: str = flag(OBJECTIVE, "response", "tokens under L_SFT", ("response", "full"))
+    lr: float = flag(OPTIMIZER, 8e-6, "peak learning rate of AdamW", least=0)
+    lr_schedule: str = flag(OPTIMIZER, "cosine", "after warm-up", ("cosine", "linear", "constant"))
+    warmup_steps: int = flag(OPTIMIZER, 10, "linear warm-up", least=0)
+    weight_decay: float = flag(OPTIMIZER, 0.0, "of matrices", least=0)
+    grad_clip: float = flag(OPTIMIZER, 1.0, "largest gradient norm; 0: off", least=0)
+    adam_beta1: float = flag(OPTIMIZER, 0.9, "", least=0, below=1)
+    adam_beta2: float = flag(OPTIMIZER, 0.999, "", least=0, below=1)
     epochs: int = flag("length", 1, "passes over the pairs", least=1)
     max_steps: int = flag("length", None, "updates; decides alone where given", least=1)
     batch_size: int = flag("length", 32, "pairs a step", least=1)
@@ -91,12 +86,7 @@ class TrainConfig:
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
     seed: int = flag("run", 42, "of order and sampling", least=0)
     device: str = flag("run", None, "cpu, cuda, cuda:1 (default: cuda if there is one)")
-    dtype: str = flag(
-        "run",
-        None,
-        "of matrix products (default: bfloat16 on cuda, else float32)",
-        choices=("float32", "bfloat16"),
-    )
+    dtype: str = flag("run", None, "default: bfloat16 on cuda", ("float32", "bfloat16"))
     log_every: int = flag("run", 1, "steps between rows of metrics", least=1)
     eval_every: int = flag("run", 0, "steps; 0: first and last only", least=0)
     save_every: int = flag("run", 500, "steps between checkpoints; 0: none", least=0)
@@ -112,12 +102,12 @@ class TrainConfig:
             wanted = (int, float) if f.type is float else f.type
             if not isinstance(value, wanted) or (isinstance(value, bool) and f.type is not bool):
                 raise ValueError(f"{name} must be {f.type.__name__}, not {value!r}")
-            meta = f.metadata
-            if "choices" in meta and value not in meta["choices"]:
-                raise ValueError(f"{name} must be one of {meta['choices']}, not {value!r}")
-            if "least" in meta and not meta["least"] <= value < meta.get("below", math.inf):
-                below = f" and below {meta['below']}" if "below" in meta else ""
-                raise ValueError(f"{name} must be at least {meta['least']}{below}, not {value}")
+            _, _, choices, least, below = f.metadata.values()
+            if choices and value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+            if least is not None and not least <= value < below:
+                limit = f" and below {below}" if below < math.inf else ""
+                raise ValueError(f"{name} must be at least {least}{limit}, not {value}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,8 +132,8 @@ def parse(argv: list[str] | None) -> TrainConfig:
             options["action"] = "store_true"
         else:
             options["type"] = f.type
-            options["metavar"] = f.type.__name__.upper() if "choices" not in f.metadata else None
-            options["choices"] = f.metadata.get("choices")
+            options["choices"] = choices = f.metadata["choices"]
+            options["metavar"] = None if choices else f.type.__name__.upper()
         groups[group].add_argument("--" + f.name.replace("_", "-"), **options)
     groups["input and output"].add_argument(
         "--config", metavar="FILE", help="JSON of these names; its paths are relative to it"
@@ -178,9 +168,8 @@ def read_config(file: Path) -> dict:
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     unknown = set(settings) - set(names) if isinstance(settings, dict) else {"(not an object)"}
     if unknown:
-        raise ValueError(
-            f"{file}: unknown: {', '.join(sorted(unknown))}; known: {', '.join(names)}"
-        )
+        found, known = ", ".join(sorted(unknown)), ", ".join(names)
+        raise ValueError(f"{file}: unknown: {found}; known: {known}")
     for name in ("model", "data", "eval_data", "out", "chat_template"):
         if isinstance(settings.get(name), str):
             settings[name] = os.path.relpath(file.parent / settings[name])
@@ -198,12 +187,8 @@ def lr_at(step: int, total: int, config: TrainConfig) -> float:
     if step <= warmup:
         return config.lr * step / warmup
     progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after warm-up
-    decay = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
-    return config.lr * decay[config.lr_schedule]
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * {"constant": 1, "linear": 1 - progress, "cosine": cosine}[config.lr_schedule]
 
 
 def step_pairs(pairs: list[Pair], step: int, config: TrainConfig) -> list[Pair]:
@@ -416,6 +401,8 @@ def load_inputs(config: TrainConfig, device):
     eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
     if config.eval_fraction and not config.eval_data:
         train_rows, eval_rows = data.hold_out(train_rows, config.eval_fraction, config.seed)
+    limits = config.max_length, config.max_prompt_length
+    progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=None, leave=False)
     sets = []
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         file = rows[0].where.rpartition(":")[0] if rows else None
@@ -423,13 +410,7 @@ def load_inputs(config: TrainConfig, device):
             sets.append(([], []))
             continue
         try:
-            pairs, kept, dropped = data.encode_rows(
-                tokenizer,
-                rows,
-                config.max_length,
-                config.max_prompt_length,
-                lambda rows: tqdm(rows, "tokenizing", unit="row", disable=None, leave=False),
-            )
+            pairs, kept, dropped = data.encode_rows(tokenizer, rows, *limits, progress)
         except ValueError as error:
             raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
         mean = [sum(pair.lengths[i] for pair in pairs) / len(pairs) for i in range(3)]
@@ -466,7 +447,9 @@ def claim_folder(config: TrainConfig) -> Path | None:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; a folder is needed")
-    if (out / "metrics.jsonl").exists() and not config.resume and not config.eval_only:
+    if config.eval_only and (out / "metrics.jsonl").exists():
+        return None  # printed only: that run's rows stay as they are
+    if (out / "metrics.jsonl").exists() and not config.resume:
         if out != BUILTIN_OUT:
             raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
         shutil.rmtree(out)
