@@ -23,7 +23,10 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
+from heapq import heapify, heappop, heappush
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -310,21 +313,162 @@ def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int) -> Batc
 # The tokenizer. What follows the model's folder: its special tokens, its chat template.
 
 
-def load_tokenizer(path) -> "SentencePieceTokenizer":
-    """From a folder with tokenizer.model (and tokenizer_config.json), or from such a file.
+class UnsupportedTokenizer(ValueError):
+    """A sound file of a kind that is not implemented here."""
+
+
+def load_tokenizer(path) -> "Tokenizer":
+    """From a folder: tokenizer.json, else tokenizer.model, else vocab.json and merges.txt; or from
+    one of these files. A tokenizer.json of another kind leaves the word to tokenizer.model.
 
     Raises FileNotFoundError or ValueError with the path.
     """
     path = Path(path)
-    file = path / "tokenizer.model" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; supported: sentencepiece's tokenizer.model")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    files = [path / name for name in names] if path.is_dir() else [path]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        names = "tokenizer.json, sentencepiece's tokenizer.model, vocab.json with merges.txt"
+        raise FileNotFoundError(f"{files[len(files) // 2]}: no such file; supported: {names}")
     try:
-        return SentencePieceTokenizer(file)
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        if str(error).startswith(str(file.parent)):
+        try:
+            return _load(found[0])
+        except UnsupportedTokenizer:
+            if [file.name for file in found[1:2]] != ["tokenizer.model"]:
+                raise
+            return _load(found[1])
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        if str(error).startswith(str(found[0].parent)):
             raise
-        raise ValueError(f"{file.parent}: broken tokenizer files: {error}") from None
+        problem = f"broken tokenizer files: {type(error).__name__}: {error}"
+        raise ValueError(f"{found[0].parent}: {problem}") from None
+
+
+def _load(file: Path) -> "Tokenizer":
+    config = _read_optional(file.parent / "special_tokens_map.json")
+    config |= _read_optional(file.parent / "tokenizer_config.json")
+    if file.name in ("vocab.json", "merges.txt"):
+        return BPETokenizer(file, config, _vocab_and_merges(file.parent, config))
+    if file.suffix == ".json":
+        return BPETokenizer(file, config, _read_optional(file))
+    return SentencePieceTokenizer(file, config)
+
+
+class AddedToken(NamedTuple):
+    """A token beside the model: its text becomes its id wherever it stands, if flags allow."""
+
+    id: int
+    single_word: bool = False  # only where no letter or digit touches it
+    lstrip: bool = False  # takes the white space in front of it along
+    rstrip: bool = False  # and that behind it
+    normalized: bool = False  # looked for once the text between the others is normalised
+
+
+def _added_token(token: dict, i) -> AddedToken:
+    return AddedToken(int(i), *(bool(token.get(flag)) for flag in AddedToken._fields[1:]))
+
+
+class Tokenizer:
+    """What all kinds share: special tokens, beginnings, the chat template, as in transformers.
+
+    A kind has encode_text(text, prefix), decode_text(ids, at_start), normalize(text, prefix).
+    `prefix`: put the space in front that the kind wants at a text's start ("dummy space").
+    """
+
+    def __init__(self, folder: Path, config: dict, vocab: dict, added: dict, defaults: dict):
+        """vocab: {piece: id}; added: {text: AddedToken}; defaults: {"bos_token": text, ...}, for
+        what the config does not mention (where it says null, there is none)."""
+        for text, i in _read_optional(folder / "added_tokens.json").items():
+            added.setdefault(text, AddedToken(i))
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            added[_content(token)] = _added_token(token, i)
+        ids = vocab | {text: token.id for text, token in added.items()}
+        named = {name: _content(x) for name, x in config.items() if name.endswith("_token")}
+        # bos_token, eos_token, ...: the words that a chat template uses
+        self.special_tokens = {n: text for n, text in (defaults | named).items() if text in ids}
+        for text in self.special_tokens.values():
+            added.setdefault(text, AddedToken(ids[text]))
+        self.bos_id = ids.get(self.special_tokens.get("bos_token"))
+        self.eos_id = ids.get(self.special_tokens.get("eos_token"))
+        self.vocab_size = 1 + max(ids.values())
+        self.chat_template = _chat_template(folder, config)
+        raw = {text: token for text, token in added.items() if not token.normalized}
+        rest = {self.normalize(text, True): t for text, t in added.items() if t.normalized}
+        self.added_text = {token.id: text for text, token in (raw | rest).items()}
+        # Leftmost first, then longest: an alternation takes its first branch that fits.
+        self.raw_pass, self.normalized_pass = (
+            (re.compile("|".join(map(re.escape, sorted(x, key=len, reverse=True)))), x)
+            for x in (raw, rest)
+        )
+
+    prefix_always = False  # also behind special tokens, not only at a text's start
+
+    def normalize(self, text: str, prefix: bool) -> str:
+        return text
+
+    def encode(self, text: str, bos=False, eos=False, continuation=False) -> list[int]:
+        """Token ids. Special-token text becomes the special id. continuation: not a text's start,
+        so no dummy space is put in front. bos and eos do nothing where the tokenizer has none."""
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        prefix = not continuation
+        for special, part in _split_added(text, *self.raw_pass):
+            pieces = [(special, part)]
+            if special is None:
+                pieces = _split_added(self.normalize(part, prefix), *self.normalized_pass)
+            for special, piece in pieces:
+                ids += self.encode_text(piece, prefix) if special is None else [special]
+                prefix = self.prefix_always
+        return [*ids, self.eos_id] if eos and self.eos_id is not None else ids
+
+    def decode(self, ids) -> str:
+        """Text. Special tokens show; only the dummy space of a text's start is taken away."""
+        parts = []
+        for special, run in groupby(map(int, ids), key=self.added_text.__contains__):
+            if special:
+                parts.extend(self.added_text[i] for i in run)
+            else:
+                parts.append(self.decode_text(list(run), at_start=not parts))
+        return "".join(parts)
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt=False) -> str:
+        """The text of a dialogue, by the model's own template, else by that of ORPO's authors.
+
+        Raises ValueError where the template is broken, unsafe, or refuses the messages.
+        """
+        return render_chat_template(
+            self.chat_template, messages, add_generation_prompt, self.special_tokens
+        )
+
+
+# White space as Unicode has it, and the tokenizers library: Python's \s takes \x1c to \x1f too.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+_WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
+
+
+def _split_added(text: str, pattern: re.Pattern, added: dict):
+    """A text in pieces (None, text) and added tokens (id, their text), in order, none empty."""
+    start = 0
+    for match in pattern.finditer(text) if added else ():
+        begin, end = match.span()
+        token, touching = added[match[0]], (text[begin - 1 : begin], text[end : end + 1])
+        if token.single_word and any(map(_is_word, touching)):
+            continue
+        if token.lstrip:
+            begin = start + len(text[start:begin].rstrip(_WHITE_SPACE))
+        if token.rstrip:
+            end += len(text[end:]) - len(text[end:].lstrip(_WHITE_SPACE))
+        if start < begin:
+            yield None, text[start:begin]
+        yield token.id, match[0]
+        start = end
+    if start < len(text):
+        yield None, text[start:]
+
+
+def _is_word(c: str) -> bool:
+    r"""\w in the tokenizers library (but for Ⓐ and its like)."""
+    category = unicodedata.category(c) if c else "none"
+    return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or c in ("\u200c", "\u200d")
 
 
 # Appended to a serialised sentencepiece model these bytes override its normaliser, as protobuf
@@ -334,10 +478,10 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _NO_DUMMY_PREFIX_KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 
 
-class SentencePieceTokenizer:
-    """sentencepiece's segmentation; special tokens and chat template as in transformers."""
+class SentencePieceTokenizer(Tokenizer):
+    """tokenizer.model: segmentation by the sentencepiece library."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, config: dict):
         model = file.read_bytes()
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -349,77 +493,282 @@ class SentencePieceTokenizer:
             raise ValueError(f"{file}: not a sentencepiece model, or cut short") from None
         self.adds_dummy_prefix = self.sp.encode("a") != self.raw.encode("a")
         self.strips_spaces = self.sp.encode("  a") == self.sp.encode("a")
-
-        folder = file.parent
-        config = _read_optional(folder / "special_tokens_map.json")
-        config |= _read_optional(folder / "tokenizer_config.json")
-        self.legacy = bool(config.get("legacy", False))
+        # After a special token only old ("legacy") Llama tokenizers add the dummy space.
+        self.prefix_always = bool(config.get("legacy", False))
         n = self.sp.vocab_size()
         pieces = [self.sp.id_to_piece(i) for i in range(n)]
-        special = {pieces[i]: i for i in range(n) if self.sp.is_control(i) or self.sp.is_unknown(i)}
-        added = _read_optional(folder / "added_tokens.json")  # {text: id}
-        for i, token in config.get("added_tokens_decoder", {}).items():
-            added[_content(token)] = int(i)
-        special |= added
-        ids = {piece: i for i, piece in enumerate(pieces)} | special
-        self.special_tokens = {}  # bos_token, eos_token, ...: the words that a chat template uses
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            i = getattr(self.sp, name.replace("token", "id"))()
-            text = _content(config[name]) if name in config else pieces[i] if i >= 0 else None
-            if text in ids:
-                self.special_tokens[name] = text
-                special[text] = ids[text]
-        self.bos_id = ids.get(self.special_tokens.get("bos_token"))
-        self.eos_id = ids.get(self.special_tokens.get("eos_token"))
-        self.vocab_size = 1 + max([n - 1, *special.values()])
-        self.special = special
-        self.special_text = {i: text for text, i in special.items()}
-        # Leftmost first, then longest: an alternation takes its first branch that fits.
-        longest_first = sorted(special, key=len, reverse=True)
-        self.split = re.compile(
-            "(" + "|".join(re.escape(text) for text in longest_first) + ")"
-        ).split
-        self.chat_template = _chat_template(folder, config)
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        control = [i for i in range(n) if self.sp.is_control(i) or self.sp.is_unknown(i)]
+        added = {pieces[i]: AddedToken(i) for i in control}
+        default = {name: getattr(self.sp, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
+        default = {f"{name}_token": pieces[i] for name, i in default.items() if i >= 0}
+        super().__init__(file.parent, config, vocab, added, default)
 
-    def encode(self, text: str, bos=False, eos=False, continuation=False) -> list[int]:
-        """Token ids. Special-token text becomes the special id. continuation: not a text's start,
-        so no dummy space is put in front. bos and eos do nothing where the tokenizer has none."""
-        ids = [self.bos_id] if bos and self.bos_id is not None else []
-        for i, part in enumerate(self.split(text)):
-            if i % 2:
-                ids.append(self.special[part])
-            elif part:
-                # After a special token only old ("legacy") Llama tokenizers add the dummy space.
-                starts = not continuation if i == 0 else self.legacy
-                # Where runs of spaces collapse to one, and leading ones to none, a dummy space
-                # in front of a continuation stands for the spaces it begins with.
-                starts |= self.strips_spaces and self.adds_dummy_prefix and part[0] == " "
-                ids += (self.sp if starts else self.continuation).encode(part)
-        return [*ids, self.eos_id] if eos and self.eos_id is not None else ids
+    def encode_text(self, text: str, prefix: bool) -> list[int]:
+        # Where runs of spaces collapse to one, and leading ones to none, a dummy space in front
+        # of a continuation stands for the spaces it begins with.
+        prefix |= self.strips_spaces and self.adds_dummy_prefix and text[0] == " "
+        return (self.sp if prefix else self.continuation).encode(text)
 
-    def decode(self, ids) -> str:
-        """Text. Special tokens show; only the dummy space of a text's start is taken away."""
-        ids, text, run = [int(i) for i in ids], "", []
-        for i in [*ids, None]:
-            if i is not None and i not in self.special_text:
-                if not 0 <= i < self.sp.vocab_size():
-                    raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
-                run.append(i)
+    def decode_text(self, ids: list[int], at_start: bool) -> str:
+        for i in ids:
+            if not 0 <= i < self.sp.vocab_size():
+                raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+        text = self.raw.decode(ids)
+        return text.removeprefix(" ") if at_start and self.adds_dummy_prefix else text
+
+
+# How published byte-level tokenizers cut a text into words, before any merge. A newly assigned
+# letter counts as one from the Unicode version of the running Python on, which may be older, or
+# younger, than the tokenizers library's.
+_GPT2_WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # and OPT, Phi
+)
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_WORDS = _QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_WORDS = (_GPT2_WORDS, _QWEN2_WORDS, _LLAMA3_WORDS)
+_SUPPORTED = (
+    "supported: BPE over bytes with the pre-tokenizer of GPT-2, Qwen2 or Llama 3, and BPE in "
+    "sentencepiece's manner (Llama 2, Mistral)"
+)
+
+
+@functools.cache
+def _word_pattern(published: str, n_characters: int = sys.maxunicode + 1) -> re.Pattern:
+    r"""Python's re has no \p{L} and \p{N}: here they are written out, as ranges of characters."""
+    categories = "".join(unicodedata.category(chr(i))[0] for i in range(n_characters))
+    members = {r"\s": _WHITE_SPACE, r"\S": "^" + _WHITE_SPACE}
+    for major in "LN":
+        runs = (m.span() for m in re.finditer(f"{major}+", categories))
+        members[rf"\p{{{major}}}"] = "".join(rf"\U{a:08x}-\U{b - 1:08x}" for a, b in runs)
+
+    def write_out(match) -> str:
+        text = match[0]
+        for name, characters in members.items():
+            text = text.replace(name, characters)
+        return text if match[0][0] == "[" else f"[{text}]"
+
+    return re.compile(re.sub(r"\[.*?\]|\\p\{.\}|\\[sS]", write_out, published))
+
+
+def _cut(text: str, published: str) -> list[str]:
+    """A text's words. Short ranges, for the commonest texts, make it six times as fast."""
+    pattern = _word_pattern(published, 128) if text.isascii() else _word_pattern(published)
+    return pattern.findall(text)
+
+
+# Byte-level pieces are written in printable characters, one for each byte: itself where it is one
+# in Latin-1, else the next of those from U+0100 on (so a space is Ġ).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHARACTER_OF = dict(zip(_PRINTABLE, map(chr, _PRINTABLE), strict=True))
+_CHARACTER_OF |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+_BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}
+_BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # sentencepiece's byte fallback
+_PREPEND = {"type": "Prepend", "prepend": "▁"}
+
+
+class BPETokenizer(Tokenizer):
+    """tokenizer.json: byte-pair merges over the bytes of words (GPT-2, Qwen2, Llama 3), or over
+    characters with ▁ for a space (Llama 2, Mistral). Its post_processor is not looked at."""
+
+    def __init__(self, file: Path, config: dict, spec: dict):
+        self.file, model = file, spec["model"]
+        odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        odd = [option for option in odd if model.get(option)]
+        if model.get("type", "BPE") != "BPE" or odd:
+            self.refuse("model", [model.get("type"), *odd])
+        self.vocab, self.unk = model["vocab"], model.get("unk_token")
+        self.fuse_unk, self.byte_fallback = model.get("fuse_unk"), model.get("byte_fallback")
+        self.ignore_merges = model.get("ignore_merges")
+        self.pieces = {i: piece for piece, i in self.vocab.items()}
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
+        for a, b in self.ranks:
+            if a + b not in self.vocab:
+                raise ValueError(f"{file}: a merge gives {a + b!r}, which the vocabulary lacks")
+        self.read_steps(*(_steps(spec, p) for p in ("normalizer", "pre_tokenizer")), config)
+        self.read_decoder(_steps(spec, "decoder"))
+        self.word_ids = functools.lru_cache(maxsize=1 << 16)(self.merge_word)
+        added = {t["content"]: _added_token(t, t["id"]) for t in spec.get("added_tokens") or ()}
+        # GPT-2's tokenizer_config.json names no special tokens, but the model's has their ids.
+        ids = _read_optional(file.parent / "config.json")
+        default = {
+            f"{name}_token": text
+            for name in ("bos", "eos")
+            for text, token in added.items()
+            if ids.get(f"{name}_token_id") == token.id
+        }
+        super().__init__(file.parent, config, self.vocab, added, default)
+        if not self.byte_level:  # decoded like any piece: a ▁ in one is a space too
+            self.pieces, self.added_text = self.pieces | self.added_text, {}
+
+    def refuse(self, part: str, found):
+        found = json.dumps(found, ensure_ascii=False)
+        raise UnsupportedTokenizer(f"{self.file}: its {part} is {found[:300]}; {_SUPPORTED}")
+
+    def read_steps(self, normalizer: list, pre_tokenizer: list, config: dict):
+        """Sets what comes in front of the merges: how a text is normalised, what prefix a text's
+        start gets, and `words`, which cuts a text into what merges stay within."""
+        self.nfc = normalizer[:1] == [{"type": "NFC"}]
+        self.byte_level = self.metaspace = self.prepends = self.marks_spaces = False
+        self.prefix = ""
+        mark = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        match normalizer[self.nfc :], pre_tokenizer:
+            case [], [{"type": "ByteLevel", **options}] if options.get("use_regex", True):
+                adds = config.get("add_prefix_space")
+                if options["add_prefix_space"] if adds is None else adds:
+                    self.prefix, self.prefix_always = " ", True
+                self.byte_level, self.words = True, functools.partial(_cut, published=_GPT2_WORDS)
+            case [], [
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", **options},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ] if regex in _WORDS and not options.get("invert"):
+                self.byte_level, self.words = True, functools.partial(_cut, published=regex)
+            case [], [{"type": "Metaspace", "replacement": "▁", **options}]:
+                scheme = options.get("prepend_scheme", "always")
+                if scheme != "never" and options.get("add_prefix_space", True):
+                    self.prefix, self.prefix_always = "▁", scheme == "always"
+                split = re.compile("▁[^▁]*|[^▁]+").findall
+                self.words = split if options.get("split", True) else self.between_spaces()
+                self.metaspace = True
+            case [*prepend, last], [] if last == mark and prepend in ([], [_PREPEND]):
+                self.prepends = self.prefix_always = bool(prepend)
+                self.marks_spaces, self.words = True, self.between_spaces()
+            case _:
+                self.refuse("normalizer and pre_tokenizer", [normalizer, pre_tokenizer])
+
+    def normalize(self, text: str, prefix: bool) -> str:
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        text = "▁" + text if self.prepends and prefix else text
+        return text.replace(" ", "▁") if self.marks_spaces else text
+
+    def between_spaces(self):
+        """Here a whole text is one word. But where no merge goes on over a space, cutting in
+        front of spaces changes nothing, and then words come again and can be cached."""
+        crosses = any("▁" in (a + b).lstrip("▁") for a, b in self.ranks)
+        if crosses or "▁" not in self.vocab or self.ignore_merges:
+            return lambda text: [text]
+        return re.compile("▁*[^▁]+|▁+").findall
+
+    def read_decoder(self, decoder: list):
+        self.decoder = decoder[0]["type"] if decoder else None
+        self.strips = decoder[-1:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+        match decoder[: len(decoder) - self.strips]:
+            case [{"type": "ByteLevel"}] if self.byte_level and not self.strips:
+                pass
+            case [{"type": "Metaspace", "replacement": "▁"}] if self.metaspace and not self.strips:
+                pass
+            case [replace, {"type": "ByteFallback"}, {"type": "Fuse"}] if not self.byte_level:
+                if replace != {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}:
+                    self.refuse("decoder", decoder)
+            case _:
+                self.refuse("decoder", decoder)
+
+    def encode_text(self, text: str, prefix: bool) -> list[int]:
+        if self.metaspace:
+            text = text.replace(" ", "▁")
+        if prefix and not text.startswith(self.prefix):
+            text = self.prefix + text
+        return list(chain.from_iterable(map(self.word_ids, self.words(text))))
+
+    def merge_word(self, word: str) -> tuple[int, ...]:
+        if self.byte_level:
+            word = word.encode().decode("latin-1").translate(_CHARACTER_OF)
+        if self.ignore_merges and word in self.vocab:
+            return (self.vocab[word],)
+        symbols = []
+        for c in word:
+            if c in self.vocab:
+                symbols.append(c)
                 continue
-            text += self.raw.decode(run) if run else ""
-            run = []
-            text += "" if i is None else self.special_text[i]
-        at_start = self.adds_dummy_prefix and ids and ids[0] not in self.special_text
-        return text.removeprefix(" ") if at_start else text
+            in_bytes = [f"<0x{byte:02X}>" for byte in c.encode()] if self.byte_fallback else [None]
+            if all(byte in self.vocab for byte in in_bytes):
+                symbols += in_bytes
+            elif self.unk in self.vocab and not (self.fuse_unk and symbols[-1:] == [self.unk]):
+                symbols.append(self.unk)
+        return tuple(self.vocab[symbol] for symbol in _merge(symbols, self.ranks))
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt=False) -> str:
-        """The text of a dialogue, by the model's own template, else by that of ORPO's authors.
+    def decode_text(self, ids: list[int], at_start: bool) -> str:
+        """As the tokenizers library: an id that is nobody's (a padded embedding has such) gives no
+        text, bytes that are no UTF-8 give U+FFFD."""
+        pieces = [self.pieces.get(i, "") for i in ids]
+        if self.decoder == "ByteLevel":
+            return b"".join(map(_piece_bytes, pieces)).decode("utf-8", errors="replace")
+        if self.decoder == "Metaspace":
+            if at_start and self.prefix:
+                pieces[0] = pieces[0].replace("▁", "")
+            return "".join(pieces).replace("▁", " ")
+        text = ""
+        for is_byte, run in groupby(pieces, key=_BYTE_PIECES.__contains__):
+            if is_byte:
+                raw = bytes(map(_BYTE_PIECES.get, run))
+                try:
+                    text += raw.decode()
+                except UnicodeDecodeError:
+                    text += "\ufffd" * len(raw)
+            else:
+                text += "".join(run).replace("▁", " ")
+        return text.removeprefix(" ") if self.strips and at_start else text
 
-        Raises ValueError where the template is broken, unsafe, or refuses the messages.
-        """
-        return render_chat_template(
-            self.chat_template, messages, add_generation_prompt, self.special_tokens
-        )
+
+def _piece_bytes(piece: str) -> bytes:
+    return bytes(map(_BYTE_OF.get, piece)) if _BYTE_OF.keys() >= set(piece) else piece.encode()
+
+
+def _merge(symbols: list[str], ranks: dict) -> list[str]:
+    """Joins neighbours, always the pair of lowest rank, the leftmost of several, until none has
+    one. A heap of pairs and a linked list of symbols: n log n, even where a page is one word."""
+    n = len(symbols)
+    before, behind = list(range(-1, n - 1)), list(range(1, n + 1))
+    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
+    heapify(heap)
+    while heap:
+        rank, i = heappop(heap)
+        j = behind[i]
+        if j == n or ranks.get((symbols[i], symbols[j])) != rank:
+            continue  # one of the two has been merged with its other neighbour since
+        symbols[i] += symbols[j]
+        symbols[j] = ""
+        k = behind[i] = behind[j]
+        if k < n:
+            before[k] = i
+        for left, right in ((before[i], i), (i, k)):
+            if left >= 0 and right < n and (pair := (symbols[left], symbols[right])) in ranks:
+                heappush(heap, (ranks[pair], left))
+    return [symbol for symbol in symbols if symbol]
+
+
+def _vocab_and_merges(folder: Path, config: dict) -> dict:
+    """GPT-2's older pair of files (and Qwen2's) in the form of a tokenizer.json."""
+    kind = str(config.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    if kind not in ("GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"):
+        problem = f"tokenizer_class {kind} with vocab.json, merges.txt is not supported"
+        raise UnsupportedTokenizer(f"{folder}: {problem}; GPT2Tokenizer, Qwen2Tokenizer are")
+    vocab, file = _read_optional(folder / "vocab.json"), folder / "merges.txt"
+    if not vocab or not file.is_file():
+        raise FileNotFoundError(f"{folder}: vocab.json and merges.txt go together; one is missing")
+    merges = file.read_text(encoding="utf-8").splitlines()
+    special, qwen2 = "<|endoftext|>", kind == "Qwen2Tokenizer"
+    cut = {"type": "Split", "pattern": {"Regex": _QWEN2_WORDS}, "behavior": "Isolated"}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not qwen2}
+    return {
+        "model": {"vocab": vocab, "merges": [m for m in merges if m and m[:8] != "#version"]},
+        "normalizer": {"type": "NFC"} if qwen2 else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, level] if qwen2 else [level]},
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": [{"content": special, "id": vocab[special]}] if special in vocab else [],
+    }
+
+
+def _steps(spec: dict, part: str) -> list[dict]:
+    """The steps of a Sequence, or the only one, or none."""
+    step = spec.get(part) or {"type": "Sequence"}
+    names = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    return step.get(names[part], []) if step["type"] == "Sequence" else [step]
 
 
 # Where a tokenizer has none: each message is tag, content, EOS, newline (xfactlab/orpo).

@@ -235,6 +235,35 @@ def test_messages_take_their_chat_template_along(folder, arguments, tmp_path):
     assert (tmp_path / "out" / "model" / "chat_template.jinja").is_file()
 
 
+def test_the_template_of_a_flag_is_used_and_taken_along(arguments, tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": [{"role": "assistant", "content": "Lima."}],
+        "rejected": [{"role": "assistant", "content": "Oslo."}],
+    }
+    file, template = tmp_path / "chat.jsonl", tmp_path / "mine.jinja"
+    file.write_text(json.dumps(row) + "\n")
+    template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    files = ["--data", str(file), "--eval-data", str(file), "--chat-template", str(template)]
+    run(arguments, *files, "--max-steps", "1")
+    assert data.load_tokenizer(tmp_path / "out" / "model").chat_template == template.read_text()
+
+
+def test_eval_fraction_holds_out_prompts_whole(folder, tmp_path, capsys):
+    """A quarter of the prompts, rounded, is on the other side, with all the rows they have."""
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    flags += ["--out", str(tmp_path / "out"), "--max-steps", "1", "--device", "cpu"]
+    rows = run(flags, "--eval-fraction", "0.25")
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 1]
+    rows = data.load_preferences(folder / "train.jsonl")
+    train_rows, held_out = data.hold_out(rows, 0.25, seed=42)
+    prompts = [{row.prompt for row in part} for part in (train_rows, held_out)]
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[1]) == round(0.25 * len(prompts[0] | prompts[1]))
+    printed = capsys.readouterr().out
+    assert f"pairs of {len(train_rows)};" in printed and f"pairs of {len(held_out)};" in printed
+
+
 def test_bfloat16_starts_where_float32_does_and_keeps_float32_masters(arguments, tmp_path):
     a = steps(run(arguments, "--out", str(tmp_path / "a")))
     b = steps(run(arguments, "--dtype", "bfloat16", "--out", str(tmp_path / "b")))

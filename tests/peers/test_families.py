@@ -138,7 +138,7 @@ def test_names_without_the_base_prefix_load_too(pair, tmp_path):
 
 
 def test_bfloat16_storage(pair, tmp_path):
-    model, folder = pair
+    _, folder = pair
     ours = Transformer.from_pretrained(folder)
     ours.save_pretrained(tmp_path, dtype=torch.bfloat16)
     stored = Transformer.from_pretrained(tmp_path)
@@ -190,3 +190,69 @@ def test_other_architectures_are_refused_with_what_is_supported(tmp_path, other)
     getattr(transformers, f"{other}Config")().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not supported, only llama, mistral, qwen2, .*opt"):
         Transformer.from_pretrained(tmp_path)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "phi", "opt"])
+def test_a_trained_model_is_handed_back_whole(name, tmp_path):
+    """train.py from a folder of transformers to a folder of transformers, over messages: the
+    prompt's ids, and the greedy answer with its end, are the same there and here."""
+    import tokenizers
+
+    import data
+    import train
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["user assistant What is the colour of grass? Green."], trainer)
+    base, out = tmp_path / "base", tmp_path / "out"
+    family, settings = FAMILIES[name]
+    config = getattr(transformers, f"{family}Config")(
+        **settings | {"vocab_size": 304, "max_position_embeddings": 64}
+    )
+    torch.manual_seed(0)
+    getattr(transformers, family + SUFFIX.get(family, "ForCausalLM"))(config).save_pretrained(base)
+    (base / "generation_config.json").unlink(missing_ok=True)
+    tokenizer.save(str(base / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "bos_token": None,
+        "chat_template": CHATML,
+    }
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    question = [{"role": "user", "content": "What is the colour of grass?"}]
+    row = {"prompt": question}
+    row |= {side: [{"role": "assistant", "content": text}] for side, text in
+            (("chosen", "Green."), ("rejected", "What?"))}  # fmt: skip
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    flags = ["--max-steps", "40", "--batch-size", "1", "--lr", "1e-2", "--device", "cpu"]
+    train.main(["--model", str(base), "--data", str(rows), "--out", str(out), *flags])
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    ids = their_tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_dict=False
+    )
+    tokenizer = data.load_tokenizer(out / "model")
+    text = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    assert data.encode_prompt(tokenizer, text) == list(ids)
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0]
+    ours = Transformer.from_pretrained(out / "model")
+    assert ours.generate(torch.tensor([ids]), 12, eos_id=tokenizer.eos_id)[0].tolist() == (
+        answer.tolist()
+    )
+    said = their_tokenizer.decode(answer[len(ids) :])
+    assert said == tokenizer.decode(answer[len(ids) :].tolist()) == "Green.<|im_end|>"
