@@ -389,11 +389,11 @@ class SentencePieceTokenizer:
                     raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
                 run.append(i)
                 continue
-            text += self.raw.decode(run) if run else ""
+            # Only the library knows which of a text's first spaces is the dummy one.
+            text += (self.raw if text else self.sp).decode(run) if run else ""
             run = []
             text += "" if i is None else self.special_text[i]
-        at_start = self.adds_dummy_prefix and ids and ids[0] not in self.special_text
-        return text.removeprefix(" ") if at_start else text
+        return text
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt=False) -> str:
         """The text of a dialogue, by the model's own template, else by that of ORPO's authors.
