@@ -514,8 +514,8 @@ class SentencePieceTokenizer(Tokenizer):
         for i in ids:
             if not 0 <= i < self.sp.vocab_size():
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
-        text = self.raw.decode(ids)
-        return text.removeprefix(" ") if at_start and self.adds_dummy_prefix else text
+        # Only the library knows which of a text's first spaces is the dummy one.
+        return (self.sp if at_start else self.raw).decode(ids)
 
 
 # How published byte-level tokenizers cut a text into words, before any merge. A newly assigned
