@@ -219,7 +219,7 @@ def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progre
 
 
 def hold_out(rows: list[Preference], fraction: float, seed: int):
-    """Splits rows into (train, held out) by prompt: one that is asked in both would tell nothing."""
+    """Splits rows into (train, held out) by prompt: one asked on both sides would tell nothing."""
     prompts = list(dict.fromkeys(json.dumps(row.prompt) for row in rows))
     n = max(1, round(fraction * len(prompts)))
     held_out = {prompts[i] for i in order(len(prompts), seed, 0)[:n]}
@@ -511,9 +511,7 @@ class SentencePieceTokenizer(Tokenizer):
         return (self.sp if prefix else self.continuation).encode(text)
 
     def decode_text(self, ids: list[int], at_start: bool) -> str:
-        for i in ids:
-            if not 0 <= i < self.sp.vocab_size():
-                raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+        ids = [i for i in ids if 0 <= i < self.sp.vocab_size()]  # a padded embedding has more
         # Only the library knows which of a text's first spaces is the dummy one.
         return (self.sp if at_start else self.raw).decode(ids)
 

@@ -464,9 +464,8 @@ def test_special_token_text_becomes_the_id(tokenizer):
     assert t.encode("", bos=True, eos=True) == [1, 2]
     assert t.decode([1, *hello, 2, *hello, 2]) == "<s>hello</s>hello</s>"
     assert t.decode(torch.tensor([2])) == "</s>"
-    for bad in (-1, 400):
-        with pytest.raises(ValueError, match=f"{bad}.*400"):
-            t.decode([bad])
+    for nobody in (-1, 400):  # a padded embedding can give such ids: they have no text
+        assert t.decode([nobody, *hello]) == "hello"
 
 
 def test_special_tokens_match_leftmost_then_longest(make_tokenizer):
@@ -478,8 +477,7 @@ def test_special_tokens_match_leftmost_then_longest(make_tokenizer):
     assert t.encode("<a><b><a>x") == [401, 400, *t.encode("x", continuation=True)]  # leftmost
     assert t.encode("(*)(*)") == [405, 405]  # is no pattern
     assert t.decode([401, 400, 405]) == "<a><b><a>(*)"
-    with pytest.raises(ValueError, match="403"):
-        t.decode([403])
+    assert t.decode([401, 403]) == "<a><b>"
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer against the library it comes from: ids and decoded text, on 2,600 strings.
+"""Every kind of tokenizer against the library it comes from: ids and text, on 2,600 strings.
 
 Left out, because two Unicode versions disagree and neither side is wrong:
 - code points without a category (Cn) in this Python, but for a few that never get one. The regular
@@ -9,11 +9,12 @@ Left out, because two Unicode versions disagree and neither side is wrong:
   them. Nothing else in NFC differs: test_nfc.
 """
 
+# ruff: noqa: RUF001, SIM905 (odd characters are the point)
+
 import functools
 import json
 import random
 import re
-import shutil
 import string
 import sys
 import unicodedata
@@ -27,7 +28,13 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers  # noqa: E402
 
-from data import _GPT2_WORDS, _LLAMA3_WORDS, _QWEN2_WORDS, _WHITE_SPACE, load_tokenizer  # noqa: E402
+from data import (  # noqa: E402
+    _GPT2_WORDS,
+    _LLAMA3_WORDS,
+    _QWEN2_WORDS,
+    _WHITE_SPACE,
+    load_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -49,13 +56,14 @@ ADDED = [
     AddedToken("\t\t", special=False, normalized=False),
 ]
 
-WORDS = """the of and Once upon a time hello Hello HELLO world don't I'm you'll WE'VE it'S 'Re rock'n'roll
-    o'clock 'ſ 'ſa 'd'D ''s 's it’s naïve café cafe\u0301 Ångström A\u030angstro\u0308m straße ﬁne ﬆop
-    İstanbul ıI ß SS ĳ ŉ ǆ 日本語 東京都 中文字符 한국어 \u1112\u1161\u11ab ไทยภาษา नमस्ते हिन्दी العربية
-    مرحبا עברית Русский Ёлка Ελληνικά ქართული አማርኛ தமிழ் 𝔘𝔫𝔦 𝒳𝓎 𐍈𐌰 x² H₂O ½ ⅔ Ⅷ ④ ٣٤٥ १२३ 一二三 〇
-    1234567 3.14159 1,000,000 0xFF 2024-01-01 12:30 $99.99 50% #tag @user foo_bar fooBar __init__
-    i++; a->b; x!=y <html> </div> {"k":[1,2]} \\n \\\\ // /* */ https://x.org/a?b=c&d=%20 ... ?!?! ---- ====
-    ▁ ▁▁a a▁b <0x41> <0x0A> <unk> Ġ Ġthe Ċ �""".split()
+WORDS = """the of and Once upon a time hello Hello HELLO world don't I'm you'll WE'VE it'S 'Re
+    rock'n'roll o'clock 'ſ 'ſa 'd'D ''s 's it’s naïve café cafe\u0301 Ångström
+    A\u030angstro\u0308m straße ﬁne ﬆop İstanbul ıI ß SS ĳ ŉ ǆ 日本語 東京都 中文字符 한국어
+    \u1112\u1161\u11ab ไทยภาษา नमस्ते हिन्दी العربية مرحبا עברית Русский Ёлка Ελληνικά
+    ქართული አማርኛ தமிழ் 𝔘𝔫𝔦 𝒳𝓎 𐍈𐌰 x² H₂O ½ ⅔ Ⅷ ④ ٣٤٥ १२३ 一二三 〇 1234567 3.14159 1,000,000
+    0xFF 2024-01-01 12:30 $99.99 50% #tag @user foo_bar fooBar __init__ i++; a->b; x!=y
+    <html> </div> {"k":[1,2]} \\n \\\\ // /* */ https://x.org/a?b=c&d=%20 ... ?!?! ----
+    ==== ▁ ▁▁a a▁b <0x41> <0x0A> <unk> Ġ Ġthe Ċ �""".split()
 SPACES = [
     " ",
     "  ",
@@ -330,7 +338,7 @@ def test_gpt2_from_vocab_and_merges():
 
 @needs_shared
 def test_llama2_model():
-    """sentencepiece knows no special text: without it; what surrounds it is tests/test_data.py's."""
+    """Without special text, of which sentencepiece knows nothing; tests/test_data.py has that."""
     library = sentencepiece.SentencePieceProcessor(
         model_file=str(SHARED / "llama2-tokenizer" / "tokenizer.model")
     )
