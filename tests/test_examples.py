@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_prepare_names_a_broken_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     error = run("prepare.py", tmp_path / name, "--out", tmp_path / "out", code=2).stderr
     assert name in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is installed")
+def test_prepare_asks_for_pyarrow_where_parquet_needs_it(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    error = run("prepare.py", tmp_path / "a.parquet", "--out", tmp_path / "out", code=2).stderr
+    assert "a.parquet: parquet needs pyarrow" in error
 
 
 def test_sample_streams_one_answer(tmp_path):

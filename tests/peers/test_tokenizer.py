@@ -260,8 +260,35 @@ You are terse.<|im_end|>
 {{ '<|im_start|>assistant\\n' }}
 {%- endif %}"""
 
+# The forms of HuggingFaceH4/zephyr and of Llama-2-chat, with its system block and its complaint.
+ZEPHYR = """{% for m in messages %}
+{% if m['role'] == 'user' %}
+{{ '<|user|>\\n' + m['content'] + eos_token }}
+{% elif m['role'] == 'system' %}
+{{ '<|system|>\\n' + m['content'] + eos_token }}
+{% elif m['role'] == 'assistant' %}
+{{ '<|assistant|>\\n' + m['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user, assistant, ...') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') }}"
+    "{{ m['content'].strip() + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+TWO_QUESTIONS = [{"role": "user", "content": "Hi"}] * 2
 TEMPLATES = {
     "chatml": CHATML,
+    "zephyr": ZEPHYR,
+    "llama2": LLAMA2,
     "bos_once": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
     "json": "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}",
     "loop_controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
@@ -322,6 +349,7 @@ def test_templates_render_as_in_transformers(tmp_path, template, place):
 @pytest.mark.parametrize(
     "template",
     [
+        LLAMA2,  # of two questions in a row
         "{{ raise_exception('roles must alternate') }}",
         "{{ messages.append(1) }}",
         "{{ messages.__class__.__mro__ }}",
@@ -333,6 +361,6 @@ def test_a_template_may_refuse_and_may_not_reach_out(tmp_path, template):
     tiny.train_sentencepiece(tmp_path / "source")
     path = copy_with(tmp_path / "source", tmp_path / "copy", chat_template=template)
     with pytest.raises(jinja2.TemplateError):
-        theirs(template).apply_chat_template(CONVERSATIONS[0], tokenize=False)
+        theirs(template).apply_chat_template(TWO_QUESTIONS, tokenize=False)
     with pytest.raises((jinja2.TemplateError, ValueError)):
-        data.load_tokenizer(path).apply_chat_template(CONVERSATIONS[0])
+        data.load_tokenizer(path).apply_chat_template(TWO_QUESTIONS)

@@ -1,0 +1,28 @@
+"""examples/prepare.py reads what the datasets library writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+
+PREPARE = Path(data.__file__).resolve().parent / "examples" / "prepare.py"
+
+
+def test_parquet_in_ultrafeedback_s_form(tmp_path):
+    """Prompt as text, both dialogues as messages, scores beside them: one pair a row."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    dialogue = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+    worse = [dialogue[0], {"role": "assistant", "content": "What?"}]
+    rows = [{"prompt": "Hi?", "chosen": dialogue, "rejected": worse, "score_chosen": 8.5}] * 3
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    out = tmp_path / "pairs.jsonl"
+    words = [sys.executable, str(PREPARE), str(tmp_path / "train.parquet"), "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "3 rows, dialogues with a common beginning" in done.stdout
+    row = data.load_preferences(out)[0]
+    assert (row.prompt, row.chosen, row.rejected) == ([dialogue[0]], [dialogue[1]], [worse[1]])
+    assert set(json.loads(out.read_text().splitlines()[0])) == {"prompt", "chosen", "rejected"}
