@@ -614,6 +614,9 @@ class BPETokenizer(Tokenizer):
         self.nfc = normalizer[:1] == [{"type": "NFC"}]
         self.byte_level = self.metaspace = self.prepends = self.marks_spaces = False
         self.prefix = ""
+        # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says
+        llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        legacy = bool(config.get("legacy", not llama))
         mark = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         match normalizer[self.nfc :], pre_tokenizer:
             case [], [{"type": "ByteLevel", **options}] if options.get("use_regex", True):
@@ -629,12 +632,12 @@ class BPETokenizer(Tokenizer):
             case [], [{"type": "Metaspace", "replacement": "▁", **options}]:
                 scheme = options.get("prepend_scheme", "always")
                 if scheme != "never" and options.get("add_prefix_space", True):
-                    self.prefix, self.prefix_always = "▁", scheme == "always"
+                    self.prefix, self.prefix_always = "▁", scheme == "always" and legacy
                 split = re.compile("▁[^▁]*|[^▁]+").findall
                 self.words = split if options.get("split", True) else self.between_spaces()
                 self.metaspace = True
             case [*prepend, last], [] if last == mark and prepend in ([], [_PREPEND]):
-                self.prepends = self.prefix_always = bool(prepend)
+                self.prepends, self.prefix_always = bool(prepend), bool(prepend) and legacy
                 self.marks_spaces, self.words = True, self.between_spaces()
             case _:
                 self.refuse("normalizer and pre_tokenizer", [normalizer, pre_tokenizer])
@@ -815,6 +818,16 @@ def render_chat_template(template: str, messages, add_generation_prompt, special
         )
     except Exception as error:  # a template is foreign code: whatever it does is its error
         raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None
+
+
+def turn_end(tokenizer) -> str:
+    """What the chat template puts behind an answer: EOS, or for instance <|im_end|> before it."""
+    asked, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}
+    try:
+        text = tokenizer.apply_chat_template([asked, answer])
+    except ValueError:
+        return ""
+    return text.rpartition("@@")[2].strip()
 
 
 def _chat_template(folder: Path, config: dict) -> str:

@@ -100,11 +100,11 @@ class ModelConfig:
         for key, supported in family.only.items():
             if key in c and c[key] not in supported:
                 raise ValueError(f"{path}: {key} {c[key]!r} is not supported, only {supported}")
-        activation = c.get(keys["activation"], "silu")
+        activation = c.get(keys["activation"], family.fields.get("activation", "silu"))
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"{path}: activation {activation!r} is not supported, only {known}")
-        if source["model_type"] == "opt" and c.get("word_embed_proj_dim") != c.get("hidden_size"):
+        if c.get("word_embed_proj_dim", c.get("hidden_size")) != c.get("hidden_size"):
             raise ValueError(f"{path}: OPT-350M projects its embeddings and is not supported")
         ours = {name: c[key] for name, key in keys.items() if c.get(key) is not None}
         if source["model_type"] == "gpt2" and "n_embd" in c:
@@ -118,6 +118,9 @@ class ModelConfig:
                 isinstance(value, kinds) and (f.type is not int or value > 0)
             ):
                 raise ValueError(f"{path}: {keys[f.name]} cannot be {value!r}")
+        for key in ROPE_NUMBERS.get(rope_type, ()):
+            if not isinstance(rope.get(key), int | float):
+                raise ValueError(f"{path}: rope_scaling of type {rope_type} needs a number {key!r}")
         ours["windows"] = _windows(c, ours["n_layers"]) if family.windows else []
         ours["rope_scaling"] = rope | {"rope_type": rope_type} if rope_type != "default" else {}
         try:
@@ -166,7 +169,11 @@ LLAMA_KEYS = {
     "rope_theta": "rope_theta", "max_seq_len": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings", "activation": "hidden_act", "dtype": "torch_dtype",
 }
-ROPE = {"rope_type": ("default", "linear", "llama3")}
+ROPE_NUMBERS = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+ROPE = {"rope_type": tuple(ROPE_NUMBERS)}
 GPT = {"layer_norm": True, "qkv_bias": True, "bias": True, "gated": False, "norm_eps": 1e-5}
 FAMILIES = {
     "llama": Family(
@@ -181,7 +188,10 @@ FAMILIES = {
     "phi": Family(
         "PhiForCausalLM",
         keys={"norm_eps": "layer_norm_eps", "rotary_fraction": "partial_rotary_factor"},
-        fields=GPT | {"lm_head_bias": True, "parallel": True, "rotary_fraction": 0.5},
+        fields=GPT | {
+            "lm_head_bias": True, "parallel": True, "rotary_fraction": 0.5,
+            "activation": "gelu_new",
+        },
         only={"qk_layernorm": (False,)} | ROPE,
         names={
             "self_attn.o_proj": "self_attn.dense", "mlp.up_proj": "mlp.fc1",
@@ -195,7 +205,10 @@ FAMILIES = {
             "max_seq_len": "n_positions", "norm_eps": "layer_norm_epsilon",
             "activation": "activation_function",
         },
-        fields=GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0},
+        fields=GPT | {
+            "tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0,
+            "activation": "gelu_new", "max_seq_len": 1024,
+        },
         only={
             "scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,),
             "add_cross_attention": (False,),
@@ -212,7 +225,10 @@ FAMILIES = {
     "opt": Family(
         "OPTForCausalLM",
         keys={"hidden_dim": "ffn_dim", "activation": "activation_function"},
-        fields=GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 2},
+        fields=GPT | {
+            "tie_embeddings": True, "rotary_fraction": 0, "position_offset": 2,
+            "activation": "relu",
+        },
         only={
             "do_layer_norm_before": (True,), "enable_bias": (True,),
             "layer_norm_elementwise_affine": (True,), "_remove_final_layer_norm": (False,),
@@ -609,6 +625,8 @@ class Transformer(nn.Module):
                 tensor = tensor.t()
             if not tensor.is_floating_point():
                 raise ValueError(f"{file}: tensor {name!r} is stored as {tensor.dtype}")
+            if ours[0][0] == "embed_tokens.weight":  # config.json may not say, or say "auto"
+                config.dtype = str(tensor.dtype).removeprefix("torch.")
             rows = [parameter.shape[0] for _, parameter in ours]
             wanted = (sum(rows), *ours[0][1].shape[1:])
             if tensor.shape != wanted:

@@ -9,8 +9,8 @@ What runs in which dtype:
 
                                                --dtype float32    --dtype bfloat16
     master weights, gradients, Adam's moments  float32            float32
-    residual stream, matrix products           float32            bfloat16 (a weight is cast where
-                                                                  it is used)
+    residual stream, matrix products           float32 (tf32      bfloat16 (a weight is cast where
+                                               on CUDA)           it is used)
     norms, rotary angles, log-softmax          float32            float32
     the loss's scalars, one a token or pair    float64            float64
     sum of lm_head's gradient over groups      float32            float32
@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import sys
@@ -253,17 +254,20 @@ def evaluate(model, pairs: list[Pair], config: TrainConfig, device) -> dict[str,
 
 def answers(model, tokenizer, prompts: list[list[int]], max_new: int, device, **sampling):
     """The model's answer to each prompt, as text: prompts of one length go together."""
-    texts = {}
+    texts, end = {}, data.turn_end(tokenizer)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for length, rows in itertools.groupby(by_length, key=lambda i: len(prompts[i])):
         rows = list(rows)
         tokens = torch.tensor([prompts[i] for i in rows], device=device)
         new = max(0, min(max_new, model.config.max_seq_len - length))
+        if new == 0:  # a prompt that fills the context has no answer
+            texts |= dict.fromkeys(rows, "")
+            continue
         tokens = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
         for i, ids in zip(rows, tokens[:, length:].tolist(), strict=True):
             if tokenizer.eos_id in ids:
                 ids = ids[: ids.index(tokenizer.eos_id)]
-            texts[i] = tokenizer.decode(ids).strip()
+            texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
     return [texts[i] for i in range(len(prompts))]
 
 
@@ -305,14 +309,19 @@ def save_checkpoint(out: Path, step: int, model, optimizer, config: TrainConfig)
 
 def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
     """Restores the newest checkpoint and returns its step; 0 where there is none yet."""
-    found = sorted((out / "checkpoints").glob("step-*"))
-    if not found:
+    state = None
+    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
+        file = folder / "state.pt"
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            break
+        except (OSError, RuntimeError, pickle.UnpicklingError):
+            print(f"{file}: not readable; an older checkpoint is tried", file=sys.stderr)
+    if state is None:
         return 0
-    file = found[-1] / "state.pt"
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     now, then = dataclasses.asdict(config), state["config"]
     for name in now:
-        if name not in ("resume", "eval_only", "device") and now[name] != then.get(name):
+        if name not in ("resume", "eval_only", "device", "out") and now[name] != then.get(name):
             raise ValueError(
                 f"--resume: {name} was {then.get(name)!r} in {file}, now {now[name]!r}"
             )
@@ -401,6 +410,8 @@ def load_inputs(config: TrainConfig, device):
     eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
     if config.eval_fraction and not config.eval_data:
         train_rows, eval_rows = data.hold_out(train_rows, config.eval_fraction, config.seed)
+        if not train_rows:
+            raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
     limits = config.max_length, config.max_prompt_length
     progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=None, leave=False)
     sets = []
@@ -447,10 +458,12 @@ def claim_folder(config: TrainConfig) -> Path | None:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; a folder is needed")
-    if config.eval_only and (out / "metrics.jsonl").exists():
+    holds_run = any("loss" in row for row in read_rows(out))
+    if config.eval_only and holds_run:
         return None  # printed only: that run's rows stay as they are
-    if (out / "metrics.jsonl").exists() and not config.resume:
-        if out != BUILTIN_OUT:
+    if holds_run and not config.resume:
+        own = Path(config.model).resolve() == (BUILTIN.parent / "base").resolve()
+        if out != BUILTIN_OUT or not own:
             raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
         shutil.rmtree(out)
     return out
@@ -495,6 +508,10 @@ def try_micro_batch(model: Transformer, pairs: list[Pair], config: TrainConfig, 
     """Forward and backward without an update: out of memory comes now or never."""
     n = sum(sum(pair.lengths) for pair in pairs)
     try:
+        # What a later step holds by then: gradients, and Adam's two moments.
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
         for batch in data.micro_batches(pairs, n, config.sft_loss):
             forward(model, batch, config.lam, len(pairs), device).loss.backward()
     except torch.OutOfMemoryError:
@@ -502,6 +519,7 @@ def try_micro_batch(model: Transformer, pairs: list[Pair], config: TrainConfig, 
             f"the largest micro-batch, {n} tokens, does not fit {config.device}; "
             f"lower --micro-batch-tokens ({config.micro_batch_tokens}) or --max-length"
         ) from None
+    del moments
     model.zero_grad(set_to_none=True)
 
 
@@ -620,7 +638,7 @@ def print_changes(out: Path, total: int):
 def main(argv=None):
     try:
         train(parse(argv))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -85,14 +85,16 @@ def main():
     args = parser.parse_args()
     dropped, n = Counter(), 0
     try:
-        with open(args.out, "w", encoding="utf-8") as f:
+        beside = Path(f"{args.out}.tmp")  # --out may be one of the inputs, and stays if all fails
+        with open(beside, "w", encoding="utf-8") as f:
             for row in (convert(row) for path in args.inputs for row in read(path)):
                 if isinstance(row, str):
                     dropped[row] += 1
                 else:
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
                     n += 1
-        rows = data.load_preferences(args.out)
+        rows = data.load_preferences(beside)
+        beside.replace(args.out)
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -38,9 +38,11 @@ def stream(model, tokenizer, ids: list[int], max_new: int, device, **sampling) -
     tokens = torch.tensor([ids], device=device)
     new, shown = [], ""
     # decoded behind a fixed token, so that no leading space is taken away
-    head = tokenizer.decode(ids[-1:])
+    head, end = tokenizer.decode(ids[-1:]), data.turn_end(tokenizer)
+    end_ids = tokenizer.encode(end, continuation=True)
+    ends = {tokenizer.eos_id, *(end_ids if len(end_ids) == 1 else [])}
     for token in model.stream(tokens, max_new, **sampling):
-        if token.item() == tokenizer.eos_id:
+        if token.item() in ends:
             break
         new.append(token.item())
         text = tokenizer.decode([ids[-1], *new])[len(head) :]
@@ -121,7 +123,9 @@ def main():
     except (OSError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
-    plain = args.plain or tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE
+    # train.py writes the authors' template into the folder of a model trained on messages with it.
+    own = (args.model / "chat_template.jinja").is_file()
+    plain = args.plain or (tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE and not own)
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     options = {"max_new": args.max_new_tokens, "device": args.device, **sampling}
@@ -134,7 +138,10 @@ def main():
         return print(f"{args.out}: {len(made)} answers")
     messages = []
     while True:
-        question = args.question or input("> ")
+        try:
+            question = args.question or input("> ")
+        except EOFError:
+            break
         if not question:
             break
         messages = [*([] if plain else messages), {"role": "user", "content": question}]

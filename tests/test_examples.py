@@ -68,6 +68,15 @@ def test_prepare_asks_for_pyarrow_where_parquet_needs_it(tmp_path):
     assert "a.parquet: parquet needs pyarrow" in error
 
 
+def test_prepare_keeps_the_file_it_was_to_write_when_all_fails(tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    out.write_text(json.dumps(HH) + "\n")
+    run("prepare.py", tmp_path / "nowhere.jsonl", "--out", out, code=2)
+    assert out.read_text() == json.dumps(HH) + "\n"
+    run("prepare.py", out, "--out", out)  # onto itself
+    assert len(data.load_preferences(out)[0].prompt) == 3
+
+
 def test_sample_streams_one_answer(tmp_path):
     said = run("sample.py", BASE, PERU, "--max-new-tokens", "20").stdout
     assert said.strip()

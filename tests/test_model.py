@@ -631,6 +631,7 @@ def with_config(folder, **change):
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "longrope"),
         ({"rope_parameters": {"rope_type": "dynamic"}, "rope_scaling": None}, "dynamic"),
         ({"rope_scaling": "linear"}, "linear"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "swish7"}, "swish7"),

@@ -190,6 +190,21 @@ def test_resuming_with_other_settings_is_refused_by_name(arguments, capsys):
     assert "lam" in message and "0.5" in message and "0.1" in message
 
 
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(arguments, tmp_path, capsys):
+    whole = run(arguments, "--save-every", "5")
+    state = tmp_path / "out" / "checkpoints" / "step-00000010" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert steps(run(arguments, "--save-every", "5", "--resume")) == steps(whole)
+    assert "step-00000010" in capsys.readouterr().err
+
+
+def test_a_moved_run_can_be_resumed(arguments, tmp_path):
+    whole = run(arguments, "--save-every", "5")
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    moved = run(arguments, "--save-every", "5", "--resume", "--out", str(tmp_path / "elsewhere"))
+    assert steps(moved) == steps(whole)
+
+
 def test_a_finished_run_resumes_to_itself(arguments):
     whole = run(arguments, "--save-every", "12")
     assert run(arguments, "--save-every", "12", "--resume") == whole
@@ -285,7 +300,11 @@ def test_eval_only_prints_the_row_that_training_starts_with(arguments, tmp_path,
     capsys.readouterr()
     train.main([*arguments, "--eval-only", "--out", str(tmp_path / "eval")])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"step": 0, **printed} == row
+    assert printed == row
+    run(arguments, "--max-steps", "1", "--out", str(tmp_path / "eval"))  # is no run to protect
+    before = (tmp_path / "eval" / "metrics.jsonl").read_bytes()
+    train.main([*arguments, "--eval-only", "--out", str(tmp_path / "eval")])
+    assert (tmp_path / "eval" / "metrics.jsonl").read_bytes() == before
 
 
 def test_accepted_counts_exact_answers(folder, monkeypatch):
@@ -296,6 +315,32 @@ def test_accepted_counts_exact_answers(folder, monkeypatch):
     monkeypatch.setattr(train, "answers", lambda model, tok, prompts, *a, **k: ["z"] * len(prompts))
     shares = train.accepted(None, tokenizer, [pair] * 3, rows, 0, "cpu")
     assert shares == {"eval_accepted/sampled": 0.5, "eval_accepted/greedy": 0.5}
+
+
+def test_an_answer_is_without_the_end_that_its_template_writes(folder, monkeypatch):
+    """A base model whose EOS is another token writes <|im_end|> as text before it stops."""
+    model = Transformer.from_pretrained(folder / "model")
+    tokenizer = data.load_tokenizer(folder / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "Lima.<|im_end|>\n")
+    assert data.turn_end(tokenizer) == "<|im_end|>"
+    assert train.answers(model, tokenizer, [[1, 5]], 3, "cpu") == ["Lima."]
+
+
+def test_a_prompt_that_fills_the_context_has_no_answer(folder):
+    model = Transformer.from_pretrained(folder / "model")
+    tokenizer = data.load_tokenizer(folder / "model")
+    full = [1] * model.config.max_seq_len
+    assert train.answers(model, tokenizer, [full, [1, 5]], 3, "cpu")[0] == ""
+
+
+def test_the_built_in_folder_is_replaced_by_the_built_in_job_alone(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = ["--out", str(train.BUILTIN_OUT)]
+    run(arguments, *out, "--max-steps", "1")
+    assert "holds a run" in fails(capsys, [*arguments, *out])
 
 
 def test_answers_do_not_depend_on_their_neighbours(folder):
@@ -358,6 +403,7 @@ def fails(capsys, arguments) -> str:
         (["--no-such-flag"], "--no-such-flag"),
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--out", __file__], "is a file"),
+        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
     ],
 )
 def test_a_wrong_flag_gets_one_sentence(arguments, capsys, flags, expected):

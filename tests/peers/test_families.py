@@ -178,6 +178,17 @@ def test_published_configs_with_old_keys_mean_the_same(pair, tmp_path):
     same(Transformer.from_pretrained(tmp_path)(TOKENS), logits_of(model))
 
 
+@pytest.mark.parametrize("name", ["phi", "gpt2", "opt"])
+def test_keys_that_a_config_leaves_out_mean_what_they_mean_there(name, tmp_path):
+    model = theirs(name)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("activation_function", "hidden_act", "word_embed_proj_dim", "dtype"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same(Transformer.from_pretrained(tmp_path)(TOKENS), logits_of(model))
+
+
 def test_opt_350m_is_refused_by_name(tmp_path):
     config = transformers.OPTConfig(word_embed_proj_dim=512, hidden_size=1024)
     config.save_pretrained(tmp_path)
