@@ -647,7 +647,7 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_bytes=5 * 10**9):
         """Writes config.json and model.safetensors (shards with an index above shard_bytes).
 
-        dtype None stores the parameters as they are. transformers, vLLM and others load it.
+        dtype None stores the parameters as they are. transformers and others load it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -595,7 +595,7 @@ def train(config: TrainConfig):
     answers_after = answers(model, tokenizer, shown, 64, device)
     for prompt, before, after in zip(shown, answers_before, answers_after, strict=True):
         print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")
-    print(f"\nwrote {out}/metrics.jsonl and {out}/model, which transformers and vLLM load")
+    print(f"\nwrote {out}/metrics.jsonl and {out}/model, a Hugging Face folder")
 
 
 def gigabytes(n_bytes: int) -> str:

@@ -1,0 +1,94 @@
+"""What loading costs: memory of a 1.1-billion-parameter checkpoint, and speed of the tokenizers.
+
+    python bench/loading.py memory FOLDER            writes 2 GB of random weights there, loads them
+    python bench/loading.py tokens TEXT DIR [DIR ...]    characters a second, beside the libraries'
+
+TEXT is any text file. Each figure of memory is from a process of its own (its peak resident size).
+"""
+
+import argparse
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+from model import ModelConfig, Transformer
+
+SHAPE = ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4)
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(folder: Path, dtype: str | None):
+    """Without dtype: writes the checkpoint and starts a process a dtype. With: loads and saves."""
+    if dtype is None:
+        with torch.device("meta"):
+            model = Transformer(SHAPE)
+        model.to(torch.bfloat16).to_empty(device="cpu").save_pretrained(folder / "in")
+        for dtype in ("bfloat16", "float32"):
+            subprocess.run(
+                [sys.executable, __file__, "memory", folder, "--dtype", dtype], check=True
+            )
+        return
+    before = peak_gb()
+    model = Transformer.from_pretrained(folder / "in", dtype=getattr(torch, dtype))
+    size, loaded = sum(p.nbytes for p in model.parameters()) / 2**30, peak_gb()
+    model.save_pretrained(folder / "out", dtype=torch.bfloat16)
+    print(
+        f"{dtype}: model {size:.2f} GB; peak {before:.2f} GB before, {loaded:.2f} GB loaded, "
+        f"{peak_gb():.2f} GB saved as bfloat16"
+    )
+
+
+def tokens(text: str, folder: Path):
+    """The first encoding of a text in pieces of a response's length, ours and the library's."""
+    pieces = [text[i : i + 1200] for i in range(0, len(text), 1200)]
+    sides = {"ours": data.load_tokenizer(folder).encode}
+    if (folder / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers"):
+        import tokenizers
+
+        sides["tokenizers"] = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+    elif (folder / "merges.txt").is_file() and importlib.util.find_spec("tokenizers"):
+        import tokenizers
+
+        files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
+        sides["tokenizers"] = tokenizers.ByteLevelBPETokenizer(*files).encode
+    for name, encode in sides.items():
+        start = time.process_time()
+        n = sum(len(encode(piece)) for piece in pieces)
+        seconds = time.process_time() - start
+        rate = len(text) / seconds / 1e6
+        minutes = 60_000 * (193 + 289 + 260) * len(text) / n / rate / 1e6 / 60
+        print(
+            f"{folder.name}, {name}: {rate:.1f} million characters a second of CPU; "
+            f"60,000 pairs of UltraFeedback's lengths in {minutes:.1f} minutes"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("memory", "tokens"))
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if args.what == "memory":
+        memory(args.paths[0], args.dtype)
+    else:
+        text = args.paths[0].read_text(encoding="utf-8", errors="replace")
+        for folder in args.paths[1:]:
+            tokens(text, folder)
+
+
+if __name__ == "__main__":
+    main()
