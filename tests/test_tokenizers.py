@@ -107,6 +107,18 @@ def test_characters_by_hand(make):
 
 
 @pytest.mark.parametrize(
+    "legacy, behind",
+    [({"legacy": True}, [265]), ({"legacy": False}, [260, 264]), ({}, [260, 264])],
+    ids=str,
+)
+def test_a_llama_tokenizer_follows_legacy_and_not_its_file(legacy, behind, make):
+    """As transformers, which builds a LlamaTokenizer anew: "the" behind </s>, 2."""
+    t = make(llama2(), tokenizer_class="LlamaTokenizer", **legacy)
+    assert t.encode("the</s>the") == [265, 2, *behind]
+    assert t.encode("the</s>the", continuation=True) == [260, 264, 2, *behind]
+
+
+@pytest.mark.parametrize(
     "scheme, start, behind",
     [("always", [265], [265]), ("first", [265], [260, 264]), ("never", [260, 264], [260, 264])],
 )
