@@ -155,6 +155,11 @@ class Pair(NamedTuple):
     def lengths(self) -> tuple[int, int, int]:
         return len(self.prompt), len(self.chosen), len(self.rejected)
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the packed run: the prompt once."""
+        return sum(self.lengths)
+
 
 def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: int) -> Pair | str:
     """Tokens of a row, or, where it is to be dropped, the reason.
@@ -271,12 +276,11 @@ def cut(pairs: list[Pair], budget: int) -> list[list[Pair]]:
     """Runs of pairs of at most `budget` tokens. A pair is never split: a longer one is alone."""
     parts, size = [], budget
     for pair in pairs:
-        n = sum(pair.lengths)
-        if size + n > budget or not parts:
+        if size + pair.n_tokens > budget or not parts:
             parts.append([])
             size = 0
         parts[-1].append(pair)
-        size += n
+        size += pair.n_tokens
     return parts
 
 
@@ -656,6 +660,7 @@ class BPETokenizer(Tokenizer):
         return re.compile("▁*[^▁]+|▁+").findall
 
     def read_decoder(self, decoder: list):
+        """Sets which of the three kinds of decoder it is, and whether it strips the dummy space."""
         self.decoder = decoder[0]["type"] if decoder else None
         self.strips = decoder[-1:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
         match decoder[: len(decoder) - self.strips]:
@@ -677,6 +682,7 @@ class BPETokenizer(Tokenizer):
         return list(chain.from_iterable(map(self.word_ids, self.words(text))))
 
     def merge_word(self, word: str) -> tuple[int, ...]:
+        """The ids of one word; what the vocabulary lacks goes in as bytes, else as <unk>."""
         if self.byte_level:
             word = word.encode().decode("latin-1").translate(_CHARACTER_OF)
         if self.ignore_merges and word in self.vocab:

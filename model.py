@@ -25,6 +25,7 @@ import math
 import mmap
 import os
 import re
+import sys
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -798,7 +799,7 @@ def safetensors_of(path: Path):
             tensor = raw.view(dtype).view(shape)
         yield name, tensor
         page = begin - begin % mmap.PAGESIZE
-        if n_bytes and hasattr(mmap, "MADV_DONTNEED"):  # Linux
+        if n_bytes and sys.platform == "linux":  # which alone knows the advice
             data.madvise(mmap.MADV_DONTNEED, page, begin + n_bytes - page)
 
 

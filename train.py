@@ -192,9 +192,14 @@ def lr_at(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * {"constant": 1, "linear": 1 - progress, "cosine": cosine}[config.lr_schedule]
 
 
+def steps_in_epoch(pairs: list[Pair], config: TrainConfig) -> int:
+    """The last step of an epoch may hold fewer pairs; none is dropped."""
+    return math.ceil(len(pairs) / config.batch_size)
+
+
 def step_pairs(pairs: list[Pair], step: int, config: TrainConfig) -> list[Pair]:
     """The pairs of update `step`: a function of (seed, step), so resuming needs no other state."""
-    epoch, i = divmod(step - 1, math.ceil(len(pairs) / config.batch_size))
+    epoch, i = divmod(step - 1, steps_in_epoch(pairs, config))
     indices = data.order(len(pairs), config.seed, epoch)
     return [pairs[k] for k in indices[i * config.batch_size :][: config.batch_size]]
 
@@ -480,19 +485,19 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optim
 
 def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[int, list[Pair]]:
     """Prints what the run will do; returns its number of steps and its largest micro-batch."""
-    steps_an_epoch = math.ceil(len(pairs) / config.batch_size)
-    total = config.max_steps or config.epochs * steps_an_epoch
+    an_epoch = steps_in_epoch(pairs, config)
+    total = config.max_steps or config.epochs * an_epoch
     parts = [
         part
         for step in range(1, total + 1)
         for part in data.cut(step_pairs(pairs, step, config), config.micro_batch_tokens)
     ]
-    tokens = [sum(sum(pair.lengths) for pair in part) for part in parts]
+    tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]
     n_predicted = sum(sum(pair.lengths[1:]) for pair in largest)
     fixed, varying = estimate_memory(model, max(tokens), n_predicted)
     print(
-        f"steps    {total} of {config.batch_size} pairs ({steps_an_epoch} an epoch), "
+        f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "
         f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "
         f"the largest of {max(tokens)}\n"
         f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
@@ -506,7 +511,7 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
 
 def try_micro_batch(model: Transformer, pairs: list[Pair], config: TrainConfig, device):
     """Forward and backward without an update: out of memory comes now or never."""
-    n = sum(sum(pair.lengths) for pair in pairs)
+    n = sum(pair.n_tokens for pair in pairs)
     try:
         # What a later step holds by then: gradients, and Adam's two moments.
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
@@ -549,7 +554,6 @@ def train(config: TrainConfig):
     if eval_pairs and first == 1:
         evaluation(0)
 
-    steps_an_epoch = math.ceil(len(pairs) / config.batch_size)
     bar = tqdm(range(first, total + 1), initial=first - 1, total=total, unit="step", disable=None)
     clock, n_tokens = time.perf_counter(), 0
     for step in bar:
@@ -572,7 +576,7 @@ def train(config: TrainConfig):
             row = to_host(metrics_of(outputs, config.lam) | {"grad_norm": grad_norm})
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise ValueError(f"step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}")
-            row |= {"learning_rate": lr, "epoch": step / steps_an_epoch}
+            row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
             row["tokens_per_second"] = n_tokens / (time.perf_counter() - clock)
             row["peak_memory_gb"] = peak_memory_gb(device)
             write_row(out, {"step": step} | row)

@@ -123,7 +123,7 @@ def speed(device: torch.device, steps: int):
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[2:])
-        n = sum(sum(pair.lengths) for pair in pairs)
+        n = sum(pair.n_tokens for pair in pairs)
         rate = needed_flops(config, pairs) / median / 1e12
         memory = torch.cuda.max_memory_allocated() / 2**30
         print(

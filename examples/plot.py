@@ -31,6 +31,7 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
 
 
 def draw(runs: dict[str, list[dict]], file: Path):
+    """Three panels, a colour a metric and a line style a run, as SVG or PNG by the file's name."""
     import matplotlib
 
     matplotlib.use("svg" if file.suffix == ".svg" else "agg")
