@@ -251,7 +251,7 @@ def order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 class Batch(NamedTuple):
     """A micro-batch of B pairs: N packed tokens, of which P predictions carry weight."""
 
-    lengths: list[tuple[int, int, int]]  # (p, c, r) of each pair
+    lengths: list[tuple[int, int, int]]  # (p, c, r) of each pair; last (fill, 0, 0), if filled up
     tokens: Tensor  # (N,) int64, runs of [prompt | chosen | rejected]
     positions: Tensor  # (N,) int64; chosen and rejected both go on from the prompt's end
     predict: Tensor  # (P,) int64, the row of the hidden states that predicts ...
@@ -261,15 +261,18 @@ class Batch(NamedTuple):
     response_lengths: Tensor  # (2B,) int64: chosen and rejected of pair 0, of pair 1, ...
 
 
-def micro_batches(pairs: list[Pair], budget: int, sft_loss: str) -> list[Batch]:
+def micro_batches(pairs: list[Pair], budget: int, sft_loss: str, multiple: int = 1) -> list[Batch]:
     """One optimizer step's pairs as micro-batches of at most `budget` tokens (see `cut`).
+
+    Tokens and predictions are filled up to a multiple of `multiple`, where kernels want that: by a
+    run of token 0 that nobody sees, and by predictions without weight.
 
     The weights are the whole step's, so the gradients of the micro-batches simply add up:
     sft_loss "response": 1/(pairs * m) for each of the m tokens of a chosen response;
     sft_loss "full": 1/(such tokens) for every predicted token of prompt and chosen, as in TRL.
     """
     n_tokens = sum(p + c - 1 for p, c, _ in (pair.lengths for pair in pairs))
-    return [_pack(part, sft_loss, len(pairs), n_tokens) for part in cut(pairs, budget)]
+    return [_pack(part, sft_loss, len(pairs), n_tokens, multiple) for part in cut(pairs, budget)]
 
 
 def cut(pairs: list[Pair], budget: int) -> list[list[Pair]]:
@@ -284,7 +287,7 @@ def cut(pairs: list[Pair], budget: int) -> list[list[Pair]]:
     return parts
 
 
-def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int) -> Batch:
+def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int, multiple: int) -> Batch:
     full = sft_loss == "full"
     tokens, positions, predict, targets, response, weight = [], [], [], [], [], []
     start = 0
@@ -304,9 +307,17 @@ def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int) -> Batc
         response += [np.full(c, 2 * i), np.full(r, 2 * i + 1)]
         weight += [np.full(c, 1 / n_tokens if full else 1 / (n_pairs * c)), np.zeros(r)]
         start = rejected + r
+    lengths = [pair.lengths for pair in pairs]
+    if fill := -start % multiple:
+        lengths.append((fill, 0, 0))
+        tokens.append(np.zeros(fill))
+        positions.append(np.arange(fill))
+    fill = -sum(map(len, predict)) % multiple
+    for parts, value in ((predict, 0), (targets, 0), (response, -1), (weight, 0)):
+        parts.append(np.full(fill, value))
     ints = (tokens, positions, predict, targets, response)
     return Batch(
-        [pair.lengths for pair in pairs],
+        lengths,
         *(torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in ints),
         torch.from_numpy(np.concatenate(weight).astype(np.float32)),
         torch.tensor([n for pair in pairs for n in pair.lengths[1:]]),
