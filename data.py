@@ -99,10 +99,8 @@ def _preference(row, where: str) -> Preference:
             _check_messages(key, row[key])
     form = f"messages: {name}, chosen, rejected"
     if not isinstance(prompt, list):  # whole dialogues; UltraFeedback repeats a string beside them
-        n = 0
-        while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
-            n += 1
-        prompt, form = chosen[:n], "dialogues with a common beginning"
+        same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
+        prompt, form = chosen[: [*same, False].index(False)], "dialogues with a common beginning"
     answers = []
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         answer = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
@@ -160,8 +158,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     Each response is cut by its own length, so that prompt and response fit max_length. Raises
     ValueError with FILE:LINE where the chat template rewrites the prompt once it is answered.
     """
-    texts = row.chosen, row.rejected
-    prompt_text = row.prompt
+    prompt_text, texts = row.prompt, (row.chosen, row.rejected)
     if not isinstance(prompt_text, str):
         try:
             prompt_text = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True)
@@ -204,14 +201,12 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progress=iter):
     """All rows -> (pairs, their rows, Counter of drops by reason). ValueError if none is left."""
-    lengths = max_length, max_prompt_length
-    encoded = [encode_pair(tokenizer, row, *lengths) for row in progress(rows)]
+    encoded = [encode_pair(tokenizer, row, max_length, max_prompt_length) for row in progress(rows)]
     dropped = Counter(x for x in encoded if isinstance(x, str))
     kept = [(pair, row) for pair, row in zip(encoded, rows, strict=True) if isinstance(pair, Pair)]
     if not kept:
         raise ValueError(f"no pairs left of {len(rows)} rows: {describe(dropped)}")
-    pairs, rows = zip(*kept, strict=True)
-    return list(pairs), list(rows), dropped
+    return [pair for pair, _ in kept], [row for _, row in kept], dropped
 
 
 def hold_out(rows: list[Preference], fraction: float, seed: int):
@@ -286,12 +281,11 @@ def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int) -> Batc
         tokens += [pair.prompt, pair.chosen, pair.rejected]
         positions += [np.arange(p + c), np.arange(p, p + r)]
         # The last prompt token predicts the first token of both responses.
-        predict += [np.arange(start + first - 1, last + c)]
-        predict += [[last], np.arange(rejected, rejected + r - 1)]
+        predict += [np.arange(start + first - 1, last + c), [last]]
+        predict += [np.arange(rejected, rejected + r - 1)]
         targets += [pair.prompt[first:], pair.chosen, pair.rejected]
         response += [np.full(p - first, -1), np.full(c, 2 * i), np.full(r, 2 * i + 1)]
-        sft_weight = 1 / n_tokens if full else 1 / (n_pairs * c)
-        weight += [np.full(p - first + c, sft_weight), np.zeros(r)]
+        weight += [np.full(p - first + c, 1 / (n_tokens if full else n_pairs * c)), np.zeros(r)]
         start = rejected + r
     ints = (tokens, positions, predict, targets, response)
     return Batch(
@@ -342,10 +336,8 @@ def load_tokenizer(path) -> "Tokenizer":
             if file == files[-1]:
                 raise
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            if str(error).startswith(str(file.parent)):
-                raise
-            problem = f"broken tokenizer files: {type(error).__name__}: {error}"
-            raise ValueError(f"{file.parent}: {problem}") from None
+            kind = type(error).__name__
+            raise ValueError(f"{file.parent}: broken tokenizer: {kind}: {error}") from None
 
 
 class Tokenizer:
@@ -374,9 +366,7 @@ class Tokenizer:
             self.added[text] = int(token["id"])
         ids = vocab | self.added
         # bos_token, eos_token, ...: the words that a chat template uses
-        names = {
-            name: text for name, i in defaults.items() for text in self.added if ids[text] == i
-        }
+        names = {name: t for name, i in defaults.items() for t in self.added if ids[t] == i}
         for name, token in config.items():
             if name.endswith("_token"):
                 names[name] = token["content"] if isinstance(token, dict) else token
@@ -386,7 +376,11 @@ class Tokenizer:
         self.bos_id = ids.get(self.special_tokens.get("bos_token"))
         self.eos_id = ids.get(self.special_tokens.get("eos_token"))
         self.vocab_size = 1 + max(ids.values())
-        self.chat_template = _chat_template(file.parent, config)
+        jinja = file.parent / "chat_template.jinja"
+        template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        self.chat_template = template or AUTHORS_CHAT_TEMPLATE
         self.added_text = {i: text for text, i in self.added.items()}
         # Leftmost first, then longest: an alternation takes its first branch that fits.
         longest_first = map(re.escape, sorted(self.added, key=len, reverse=True))
@@ -432,22 +426,22 @@ class SentencePieceTokenizer(Tokenizer):
     """tokenizer.model: segmentation by the sentencepiece library."""
 
     def __init__(self, file: Path, config: dict):
-        model = file.read_bytes()
         try:
             self.sp, self.continuation, self.raw = (
-                sentencepiece.SentencePieceProcessor(model_proto=model + override)
+                sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes() + override)
                 for override in (b"", _NO_DUMMY_PREFIX, _NO_DUMMY_PREFIX_KEEP_SPACES)
             )
         except RuntimeError:
-            raise ValueError(f"{file}: not a sentencepiece model, or cut short") from None
+            raise ValueError(f"{file.name}: not a sentencepiece model, or cut short") from None
         self.strips_spaces = self.sp.encode("  a") == self.sp.encode("a")
         # After a special token only old ("legacy") Llama tokenizers add the dummy space.
         self.prefix_always = bool(config.get("legacy", False))
         vocab = {self.sp.id_to_piece(i): i for i in range(self.sp.vocab_size())}
         control = {p: i for p, i in vocab.items() if self.sp.is_control(i) or self.sp.is_unknown(i)}
         added = [{"content": piece, "id": i} for piece, i in control.items()]
-        names = ("bos", "eos", "unk", "pad")
-        defaults = {f"{name}_token": getattr(self.sp, f"{name}_id")() for name in names}
+        defaults = {
+            f"{x}_token": getattr(self.sp, f"{x}_id")() for x in ("bos", "eos", "unk", "pad")
+        }
         super().__init__(file, config, vocab, added, defaults)
 
     def encode_text(self, text: str, prefix: bool) -> list[int]:
@@ -462,12 +456,10 @@ class SentencePieceTokenizer(Tokenizer):
         return (self.sp if at_start else self.raw).decode(ids)
 
 
-# How published byte-level tokenizers cut a text into words, before any merge. A newly assigned
-# letter counts as one from the Unicode version of the running Python on, which may be older, or
-# younger, than the tokenizers library's.
-_GPT2_WORDS = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # and OPT, Phi
-)
+# How published byte-level tokenizers cut a text into words, before any merge; OPT and Phi as GPT-2.
+# A newly assigned letter counts as one from the Unicode version of the running Python on, which may
+# be older, or younger, than the tokenizers library's.
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -505,10 +497,6 @@ _OTHERS = [byte for byte in range(256) if byte not in _CHARACTER_OF]
 _CHARACTER_OF |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
 _BYTE_OF = {character: bytes([byte]) for byte, character in _CHARACTER_OF.items()}
 _BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # sentencepiece's byte fallback
-_LLAMA2_NORMALIZER = [
-    {"type": "Prepend", "prepend": "▁"},
-    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-]
 _LLAMA2_DECODER = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
     {"type": "ByteFallback"},
@@ -523,17 +511,18 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, file: Path, config: dict, spec: dict):
         model = spec["model"]
-        odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-        odd = [option for option in odd if model.get(option)]
-        if model.get("type", "BPE") != "BPE" or odd:
-            _refuse(file, "model", [model.get("type"), *odd])
+        odd = filter(model.get, ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        if found := [kind for kind in [model.get("type", "BPE"), *odd] if kind != "BPE"]:
+            _refuse(file, "model", found)
         self.vocab, self.ignore_merges = model["vocab"], model.get("ignore_merges")
         self.pieces = {i: piece for piece, i in self.vocab.items()}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
         for a, b in self.ranks:
             if a + b not in self.vocab:
-                raise ValueError(f"{file}: a merge gives {a + b!r}, which the vocabulary lacks")
+                raise ValueError(
+                    f"{file.name}: the vocabulary lacks {a + b!r}, which a merge gives"
+                )
         steps = (_steps(spec, part) for part in ("normalizer", "pre_tokenizer", "decoder"))
         self.read_steps(file, config, *steps)
         alphabet = set(_BYTE_OF if self.byte_level else [*_BYTE_PIECES, "▁"])
@@ -553,36 +542,37 @@ class BPETokenizer(Tokenizer):
         # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says
         llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
         legacy = bool(config.get("legacy", not llama))
-        published, self.doubles = None, False
-        self.nfc = normalizer == [{"type": "NFC"}]
-        match normalizer[self.nfc :], [{"use_regex": True} | step for step in pre_tokenizer]:
-            case [], [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-                published = _GPT2_WORDS
-                if config.get("add_prefix_space"):  # counts more than the file
-                    _refuse(file, "add_prefix_space", True)
-            case [], [
+        self.nfc, self.doubles = normalizer == [{"type": "NFC"}], False
+        self.byte_level = decoder != _LLAMA2_DECODER
+        if self.byte_level and [step["type"] for step in decoder] != ["ByteLevel"]:
+            _refuse(file, "decoder", decoder)
+        asked = {"add_prefix_space": True} if config.get("add_prefix_space") else {}
+        pre_tokenizer = [{"use_regex": True} | step | asked for step in pre_tokenizer]
+        match self.byte_level, normalizer[self.nfc :], pre_tokenizer:
+            case True, [], [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+                self.words = functools.partial(_cut, published=_GPT2_WORDS)
+            case True, [], [
                 {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", **options},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ] if regex in (_GPT2_WORDS, _QWEN2_WORDS, _LLAMA3_WORDS) and not options.get("invert"):
-                published = regex
-            case [], [{"type": "Metaspace", "replacement": "▁", "split": False, **options}] if (
-                options["prepend_scheme"] in ("first", "always")
-            ):
+                self.words = functools.partial(_cut, published=regex)
+            case False, [], [
+                {"type": "Metaspace", "replacement": "▁", "split": False, **options}
+            ] if options.get("prepend_scheme") in ("first", "always"):
                 self.prefix_always = legacy and options["prepend_scheme"] == "always"
-            case _, [] if normalizer == _LLAMA2_NORMALIZER:
+            case False, [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ], []:
                 self.prefix_always, self.doubles = legacy, True
                 self.odd_flags += () if llama else ("normalized",)
             case _:
                 _refuse(file, "normalizer and pre_tokenizer", [normalizer, pre_tokenizer])
-        self.byte_level = published is not None
-        kinds = [step["type"] for step in decoder]
-        if kinds != ["ByteLevel"] if self.byte_level else decoder != _LLAMA2_DECODER:
-            _refuse(file, "decoder", decoder)
-        # With ▁ for a space a whole text is one word. But where no merge goes on over a space,
-        # cutting in front of spaces changes nothing, and then words come again and can be cached.
-        crosses = self.ignore_merges or any("▁" in (a + b).lstrip("▁") for a, b in self.ranks)
-        words = re.compile("(?s:.+)" if crosses else "▁*[^▁]+|▁+").findall
-        self.words = functools.partial(_cut, published=published) if published else words
+        if not self.byte_level:
+            # A whole text is one word. But where no merge goes on over a space, cutting in front of
+            # spaces changes nothing, and then words come again and can be cached.
+            crosses = self.ignore_merges or any("▁" in (a + b).lstrip("▁") for a, b in self.ranks)
+            self.words = re.compile("(?s:.+)" if crosses else "▁*[^▁]+|▁+").findall
 
     def encode_text(self, text: str, prefix: bool) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -627,21 +617,21 @@ def _merge(symbols: list[str], ranks: dict) -> list[str]:
     """Joins neighbours, always the pair of lowest rank, the leftmost of several, until none has
     one. A heap of pairs and a linked list of symbols: n log n, even where a page is one word."""
     n = len(symbols)
-    before, behind = list(range(-1, n - 1)), list(range(1, n + 1))
+    symbols = [*symbols, ""]  # no pair has "": it ends the text and, as number -1, begins it
+    before, behind = list(range(-1, n)), list(range(1, n + 1))
     heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
     heapify(heap)
     while heap:
         rank, i = heappop(heap)
         j = behind[i]
-        if j == n or ranks.get((symbols[i], symbols[j])) != rank:
+        if ranks.get((symbols[i], symbols[j])) != rank:
             continue  # one of the two has been merged with its other neighbour since
         symbols[i] += symbols[j]
         symbols[j] = ""
         k = behind[i] = behind[j]
-        if k < n:
-            before[k] = i
+        before[k] = i
         for left, right in ((before[i], i), (i, k)):
-            if left >= 0 and right < n and (pair := (symbols[left], symbols[right])) in ranks:
+            if (pair := (symbols[left], symbols[right])) in ranks:
                 heappush(heap, (ranks[pair], left))
     return [symbol for symbol in symbols if symbol]
 
@@ -696,13 +686,9 @@ def render_chat_template(template: str, messages, add_generation_prompt, special
         # {% generation %} marks what a model writes: of no effect on the text.
         template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)
         template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template)
-        return environment.from_string(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        given |= {"tools": None, "documents": None, **special_tokens}
+        return environment.from_string(template).render(given)
     except Exception as error:  # a template is foreign code: whatever it does is its error
         raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None
 
@@ -717,24 +703,16 @@ def turn_end(tokenizer) -> str:
     return text.rpartition("@@")[2].strip()
 
 
-def _chat_template(folder: Path, config: dict) -> str:
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    return template or AUTHORS_CHAT_TEMPLATE
-
-
 def _read_optional(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    raise ValueError(f"{file}: a JSON object is expected, not {type(value).__name__}")
+        raise ValueError(f"{file.name}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name}: a JSON object is expected, not {type(value).__name__}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -759,13 +737,12 @@ def use_colour() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # without the dump of the usage
+def main(argv=None):
+    def error(message):  # without the dump of the usage
         raise ValueError(f"{message} (see python data.py --help)")
 
-
-def main(argv=None):
-    parser = Parser(description="Show encoded pairs, coloured by what is trained on.")
+    parser = argparse.ArgumentParser(description="Shows pairs, coloured by what is trained on.")
+    parser.error = error
     parser.add_argument("file", help="preference rows, JSON Lines")
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the tokenizer")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens (2048)")
@@ -778,8 +755,7 @@ def main(argv=None):
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     for pair in pairs[:3]:
-        print(show(pair, tokenizer, use_colour()))
-        print()
+        print(show(pair, tokenizer, use_colour()), end="\n\n")
     print(f"{len(pairs)} pairs of {len(rows)} rows; dropped: {describe(dropped)}")
 
 

@@ -256,7 +256,7 @@ def test_another_kind_is_refused_by_name(what, make, tmp_path):
 
 
 def test_add_prefix_space_of_the_config_counts_more_than_the_file(make):
-    with pytest.raises(ValueError, match="its add_prefix_space is true"):
+    with pytest.raises(ValueError, match=r"add_prefix_space.: true"):
         make(byte_level(), add_prefix_space=True)
 
 
