@@ -106,10 +106,8 @@ def _preference(row, where: str) -> Preference:
         answer = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
         if not prompt or len(answer) != 1 or answer[0]["role"] != "assistant":
             roles = [m["role"] for m in messages]
-            raise ValueError(
-                f"{key} must be the prompt's messages and one assistant message more, or that "
-                f"message alone; its roles are {roles} after a prompt of {len(prompt)} messages"
-            )
+            wanted = "the prompt's messages and one assistant message more, or that message alone"
+            raise ValueError(f"{key} must be {wanted}; not {roles} after {len(prompt)} of a prompt")
         answers.append(answer)
     return Preference(prompt, *answers, accept, where, form)
 
@@ -118,8 +116,7 @@ def _check_messages(key: str, messages):
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{key} must be text or a list of messages, like its neighbours")
     for i, m in enumerate(messages):
-        texts = [m.get("role"), m.get("content")] if isinstance(m, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        if not isinstance(m, dict) or {type(m.get(x)) for x in ("role", "content")} != {str}:
             raise ValueError(f"{key}[{i}] must be a message: role and content, both strings")
 
 
@@ -195,8 +192,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """A prompt as the model sees it: BOS once in front, also where a template wrote it already."""
     ids = tokenizer.encode(text)
-    has_bos = tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]
-    return ids if has_bos else [tokenizer.bos_id, *ids]
+    return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
 
 
 def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progress=iter):
@@ -307,16 +303,14 @@ class UnsupportedTokenizer(ValueError):
 def _refuse(file: Path, part: str, found):
     found = json.dumps(found, ensure_ascii=False)[:300]
     supported = "BPE over bytes with the pre-tokenizer of GPT-2, Qwen2 or Llama 3, and BPE in "
-    supported += "sentencepiece's manner (Llama 2, Mistral); added tokens that strip nothing"
+    supported += "sentencepiece's manner (Llama 2, Mistral); added tokens without lstrip, rstrip"
     raise UnsupportedTokenizer(f"{file}: its {part} is {found}; supported: {supported}")
 
 
 def load_tokenizer(path) -> "Tokenizer":
     """From a folder: tokenizer.json, else tokenizer.model, else vocab.json and merges.txt; or from
     one of these files. A tokenizer.json of another kind leaves the word to tokenizer.model.
-
-    Raises FileNotFoundError or ValueError with the path.
-    """
+    Raises FileNotFoundError or ValueError with the path."""
     path = Path(path)
     files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
     files = [file for file in files if file.is_file()] or [path / "vocab.json"]
@@ -336,8 +330,7 @@ def load_tokenizer(path) -> "Tokenizer":
             if file == files[-1]:
                 raise
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            kind = type(error).__name__
-            raise ValueError(f"{file.parent}: broken tokenizer: {kind}: {error}") from None
+            raise ValueError(f"{path}: broken tokenizer: {type(error).__name__}: {error}") from None
 
 
 class Tokenizer:
@@ -351,19 +344,16 @@ class Tokenizer:
     odd_flags = "single_word", "lstrip", "rstrip"  # of added tokens: not implemented
 
     def __init__(self, file: Path, config: dict, vocab: dict, added: list[dict], defaults: dict):
-        """vocab: {piece: id}; added: tokens beside it, [{"content", "id", flags}]; defaults:
-        {"bos_token": id}, for what the config does not mention (where it says null, there is none).
-        """
+        """vocab: {piece: id}; added: tokens beside it, [{"content", "id", flags}]; defaults, where
+        the config says nothing: {"bos_token": id, ...} (where it says null, there is none)."""
         more = _read_optional(file.parent / "added_tokens.json").items()
         added = [{"content": text, "id": i} for text, i in more] + added
         added += [token | {"id": i} for i, token in config.get("added_tokens_decoder", {}).items()]
-        self.added = {}  # text -> id: wherever the text stands, it becomes the id
-        for token in added:
-            text = token["content"]
-            rewritten = token.get("normalized") and not unicodedata.is_normalized("NFC", text)
-            if rewritten or any(map(token.get, self.odd_flags)):
-                _refuse(file, "added token", token)
-            self.added[text] = int(token["id"])
+        for t in added:
+            changes = t.get("normalized") and not unicodedata.is_normalized("NFC", t["content"])
+            if changes or any(map(t.get, self.odd_flags)):
+                _refuse(file, "added token", t)
+        self.added = {t["content"]: int(t["id"]) for t in added}  # the text, anywhere, is the id
         ids = vocab | self.added
         # bos_token, eos_token, ...: the words that a chat template uses
         names = {name: t for name, i in defaults.items() for t in self.added if ids[t] == i}
@@ -371,8 +361,7 @@ class Tokenizer:
             if name.endswith("_token"):
                 names[name] = token["content"] if isinstance(token, dict) else token
         self.special_tokens = {name: text for name, text in names.items() if text in ids}
-        for text in self.special_tokens.values():
-            self.added.setdefault(text, ids[text])
+        self.added |= {text: ids[text] for text in self.special_tokens.values()}
         self.bos_id = ids.get(self.special_tokens.get("bos_token"))
         self.eos_id = ids.get(self.special_tokens.get("eos_token"))
         self.vocab_size = 1 + max(ids.values())
@@ -381,7 +370,7 @@ class Tokenizer:
         if isinstance(template, list):  # several, by name
             template = {t["name"]: t["template"] for t in template}.get("default")
         self.chat_template = template or AUTHORS_CHAT_TEMPLATE
-        self.added_text = {i: text for text, i in self.added.items()}
+        self.texts = {i: text for text, i in self.added.items()}
         # Leftmost first, then longest: an alternation takes its first branch that fits.
         longest_first = map(re.escape, sorted(self.added, key=len, reverse=True))
         self.added_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
@@ -399,37 +388,31 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """Text. Special tokens show; only the dummy space of a text's start is taken away."""
         parts = []
-        for special, run in groupby(map(int, ids), key=self.added_text.__contains__):
+        for special, run in groupby(map(int, ids), key=self.texts.__contains__):
             if special:
-                parts.extend(self.added_text[i] for i in run)
+                parts += map(self.texts.get, run)
             else:
                 parts.append(self.decode_text(list(run), at_start=not parts))
         return "".join(parts)
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt=False) -> str:
         """The text of a dialogue, by the model's own template, else by that of ORPO's authors.
-
-        Raises ValueError where the template is broken, unsafe, or refuses the messages.
-        """
+        Raises ValueError where the template is broken, unsafe, or refuses the messages."""
         template, known = self.chat_template, self.special_tokens
         return render_chat_template(template, messages, add_generation_prompt, known)
-
-
-# Appended to a serialised sentencepiece model these bytes override its normaliser, as protobuf
-# merges what comes twice: field 3 of the model, in which 3 is add_dummy_prefix and 4
-# remove_extra_whitespaces.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-_NO_DUMMY_PREFIX_KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
     """tokenizer.model: segmentation by the sentencepiece library."""
 
     def __init__(self, file: Path, config: dict):
+        # Behind a serialised model these bytes switch off, in its normaliser, add_dummy_prefix (3),
+        # and remove_extra_whitespaces (4) as well: protobuf merges what comes twice.
+        overrides = b"", b"\x1a\x02\x18\x00", b"\x1a\x04\x18\x00\x20\x00"
         try:
             self.sp, self.continuation, self.raw = (
                 sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes() + override)
-                for override in (b"", _NO_DUMMY_PREFIX, _NO_DUMMY_PREFIX_KEEP_SPACES)
+                for override in overrides
             )
         except RuntimeError:
             raise ValueError(f"{file.name}: not a sentencepiece model, or cut short") from None
@@ -439,9 +422,8 @@ class SentencePieceTokenizer(Tokenizer):
         vocab = {self.sp.id_to_piece(i): i for i in range(self.sp.vocab_size())}
         control = {p: i for p, i in vocab.items() if self.sp.is_control(i) or self.sp.is_unknown(i)}
         added = [{"content": piece, "id": i} for piece, i in control.items()]
-        defaults = {
-            f"{x}_token": getattr(self.sp, f"{x}_id")() for x in ("bos", "eos", "unk", "pad")
-        }
+        names = ("bos", "eos", "unk", "pad")
+        defaults = {f"{name}_token": getattr(self.sp, f"{name}_id")() for name in names}
         super().__init__(file, config, vocab, added, defaults)
 
     def encode_text(self, text: str, prefix: bool) -> list[int]:
@@ -511,18 +493,16 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, file: Path, config: dict, spec: dict):
         model = spec["model"]
-        odd = filter(model.get, ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        if found := [kind for kind in [model.get("type", "BPE"), *odd] if kind != "BPE"]:
-            _refuse(file, "model", found)
+        odd = [*filter(model.get, ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))]
+        if model.get("type", "BPE") != "BPE" or odd:
+            _refuse(file, "model", [model.get("type"), *odd])
         self.vocab, self.ignore_merges = model["vocab"], model.get("ignore_merges")
         self.pieces = {i: piece for piece, i in self.vocab.items()}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
         for a, b in self.ranks:
             if a + b not in self.vocab:
-                raise ValueError(
-                    f"{file.name}: the vocabulary lacks {a + b!r}, which a merge gives"
-                )
+                raise ValueError(f"{file.name}: the vocabulary lacks what {a!r} and {b!r} give")
         steps = (_steps(spec, part) for part in ("normalizer", "pre_tokenizer", "decoder"))
         self.read_steps(file, config, *steps)
         alphabet = set(_BYTE_OF if self.byte_level else [*_BYTE_PIECES, "▁"])
@@ -534,7 +514,7 @@ class BPETokenizer(Tokenizer):
         defaults = {name: ids.get(f"{name}_id") for name in ("bos_token", "eos_token")}
         super().__init__(file, config, self.vocab, spec.get("added_tokens") or [], defaults)
         if not self.byte_level:  # decoded like any piece: a ▁ in one is a space too
-            self.pieces, self.added_text = self.pieces | self.added_text, {}
+            self.pieces, self.texts = self.pieces | self.texts, {}
 
     def read_steps(self, file: Path, config: dict, normalizer, pre_tokenizer, decoder):
         """Sets what comes in front of the merges: NFC, the dummy space, and `words`, which cuts a
@@ -547,8 +527,8 @@ class BPETokenizer(Tokenizer):
         if self.byte_level and [step["type"] for step in decoder] != ["ByteLevel"]:
             _refuse(file, "decoder", decoder)
         asked = {"add_prefix_space": True} if config.get("add_prefix_space") else {}
-        pre_tokenizer = [{"use_regex": True} | step | asked for step in pre_tokenizer]
-        match self.byte_level, normalizer[self.nfc :], pre_tokenizer:
+        steps = [{"use_regex": True} | step | asked for step in pre_tokenizer]
+        match self.byte_level, normalizer[self.nfc :], steps:
             case True, [], [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
                 self.words = functools.partial(_cut, published=_GPT2_WORDS)
             case True, [], [
@@ -567,7 +547,7 @@ class BPETokenizer(Tokenizer):
                 self.prefix_always, self.doubles = legacy, True
                 self.odd_flags += () if llama else ("normalized",)
             case _:
-                _refuse(file, "normalizer and pre_tokenizer", [normalizer, pre_tokenizer])
+                _refuse(file, "normalizer and pre_tokenizer", [normalizer, pre_tokenizer, asked])
         if not self.byte_level:
             # A whole text is one word. But where no merge goes on over a space, cutting in front of
             # spaces changes nothing, and then words come again and can be cached.
@@ -577,9 +557,8 @@ class BPETokenizer(Tokenizer):
     def encode_text(self, text: str, prefix: bool) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         if not self.byte_level:
-            text = text.replace(" ", "▁")
-            if prefix and (self.doubles or text[0] != "▁"):
-                text = "▁" + text
+            dummy = prefix and (self.doubles or text[0] not in " ▁")
+            text = "▁" * dummy + text.replace(" ", "▁")
         return list(chain.from_iterable(map(self.word_ids, self.words(text))))
 
     def merge_word(self, word: str) -> tuple[int, ...]:
@@ -704,10 +683,8 @@ def turn_end(tokenizer) -> str:
 
 
 def _read_optional(file: Path) -> dict:
-    if not file.is_file():
-        return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{file.name}: not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -738,11 +715,11 @@ def use_colour() -> bool:
 
 
 def main(argv=None):
-    def error(message):  # without the dump of the usage
+    def complain(message):  # without the dump of the usage
         raise ValueError(f"{message} (see python data.py --help)")
 
     parser = argparse.ArgumentParser(description="Shows pairs, coloured by what is trained on.")
-    parser.error = error
+    parser.error = complain
     parser.add_argument("file", help="preference rows, JSON Lines")
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the tokenizer")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens (2048)")
