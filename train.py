@@ -20,6 +20,7 @@ There is no dropout, whatever the checkpoint's config says (TRL switches it off 
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -27,11 +28,12 @@ import itertools
 import json
 import math
 import os
-import pickle
 import resource
 import shutil
+import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +43,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
 import data
@@ -102,6 +105,7 @@ class TrainConfig:
     log_every: int = flag("run", 1, "steps between rows of metrics", least=1)
     eval_every: int = flag("run", 0, "steps; 0: first and last only", least=0)
     save_every: int = flag("run", 500, "steps between checkpoints; 0: none", least=0)
+    keep: int = flag("run", 2, "newest checkpoints that stay", least=1)
     resume: bool = flag("run", False, "from the newest checkpoint in --out")
     eval_only: bool = flag("run", False, "evaluate --model on --eval-data")
 
@@ -308,9 +312,10 @@ def not_finite(model, pairs: list[Pair], rows: list, config: TrainConfig, device
         output = forward(model, batch, config.lam, len(pairs), device)
         output.loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        terms = {"L_SFT": output.nll_loss, "L_OR": output.odds_ratio_loss, "its gradient": norm}
-        bad = [name for name, value in terms.items() if not bool(torch.isfinite(value).all())]
-        found += [f"{row.where} ({' and '.join(bad[:2])})"] * bool(bad)
+        terms = {"L_SFT": output.nll_loss, "L_OR": config.lam * output.odds_ratio_loss.sum()}
+        terms = [k for k, x in terms.items() if not torch.isfinite(x.to(output.loss.dtype))]
+        terms += ["its gradient"] * (not terms and not torch.isfinite(norm))
+        found += [f"{row.where} ({' and '.join(terms)})"] * bool(terms)
         model.zero_grad(set_to_none=True)
     return f"{', '.join(found[:3])}{', ...' * (len(found) > 3)}" or "the sum over all of its rows"
 
@@ -396,42 +401,95 @@ def accepted(model, tokenizer, pairs, rows, seed: int, device) -> dict[str, floa
 # ---------------------------------------------------------------------------------------------
 # Checkpoints: a folder a step, written beside, then renamed; the newest complete one wins.
 
+# torch.distributed.checkpoint says so of a single process, each time.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
+def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
+    """Weights, Adam's moments and its count, by name: the tensors themselves, to save or to fill.
+
+    The order of pairs follows from the step, so there is nothing else.
+    """
+    state = {}
+    for name, p in model.named_parameters():
+        state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
+    return state
+
 
 def save_checkpoint(out: Path, step: int, model, optimizer, config: TrainConfig):
+    """By all processes together. Raises OSError where it fails; older checkpoints stay then."""
     folder = out / "checkpoints"
     temporary, final = folder / "unfinished", folder / f"step-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"step": step, "config": dataclasses.asdict(config)}
-    torch.save(state, temporary / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
+    try:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            settings = json.dumps(dataclasses.asdict(config))
+            (temporary / "config.json").write_text(settings, encoding="utf-8")
+        largest_anywhere(0)
+        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)  # ends everywhere
+        if rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in sorted(folder.glob("step-*"))[: -config.keep]:
+                shutil.rmtree(old)
+    except (OSError, dcp.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        good = [old.name for old in sorted(folder.glob("step-*"))[-1:]]
+        raise OSError(
+            f"{final}: not written: {reason(error)}; the last good checkpoint is "
+            f"{' '.join(good) or 'none'}; mend that, then go on with --resume"
+        ) from None
 
 
 def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
-    """Restores the newest checkpoint and returns its step; 0 where there is none yet."""
-    state = None
-    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
-        file = folder / "state.pt"
+    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet."""
+    folders = sorted((out / "checkpoints").glob("step-*"), reverse=True)
+    for folder in folders:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            break
-        except (OSError, RuntimeError, pickle.UnpicklingError):
-            print(f"{file}: not readable; an older checkpoint is tried", file=sys.stderr)
-    if state is None:
-        return 0
-    now, then = dataclasses.asdict(config), state["config"]
-    for name in now:
-        if name not in ("resume", "eval_only", "device", "out") and now[name] != then.get(name):
-            raise ValueError(
-                f"--resume: {name} was {then.get(name)!r} in {file}, now {now[name]!r}"
-            )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+            then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            refuse_other_settings(config, then, folder)
+            dcp.load(training_state(model, optimizer), checkpoint_id=folder)
+            return int(folder.name.removeprefix("step-"))
+        except (OSError, json.JSONDecodeError, dcp.CheckpointException) as error:
+            if rank() == 0:
+                print(f"{folder}: an older one is tried: {reason(error)}", file=sys.stderr)
+    if folders:
+        raise ValueError(f"{out / 'checkpoints'}: none can be read; remove it to start again")
+    return 0
+
+
+def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
+    for name, now in dataclasses.asdict(config).items():
+        free = name in ("resume", "eval_only", "device", "out", "keep")
+        if not free and now != then.get(name):
+            raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
+
+
+def reason(error: BaseException) -> str:
+    """What is behind an error of torch.distributed.checkpoint, or another: its first line."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that grows when SIGTERM or Ctrl-C comes; the second of a kind kills at once."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_row(out: Path | None, row: dict):
@@ -456,9 +514,10 @@ def read_rows(out: Path) -> list[dict]:
 def cut_metrics(out: Path, step: int):
     """Drops the rows past a checkpoint's step; all of them where there is no checkpoint."""
     kept = [row for row in read_rows(out) if row["step"] <= step and step > 0]
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    for row in kept:
-        write_row(out, row)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "metrics.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, out / "metrics.jsonl")
 
 
 def write_settings(out: Path, config: TrainConfig):
@@ -502,7 +561,7 @@ def pick_device(config: TrainConfig) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
@@ -679,8 +738,8 @@ def try_micro_batch(model: Transformer, optimizer, pairs: list[Pair], config: Tr
     optimizer.zero_grad(set_to_none=True)
 
 
-def train(config: TrainConfig):
-    """One run, from the plan that is printed to the model that is saved."""
+def train(config: TrainConfig) -> int | None:
+    """One run, from the plan that is printed to the model that is saved; its exit status."""
     device = pick_device(config)
     out = claim_folder(config)
     model, tokenizer, (pairs, rows), (eval_pairs, eval_rows) = load_inputs(config, device)
@@ -709,50 +768,57 @@ def train(config: TrainConfig):
     steps, quiet = range(first, total + 1), rank() > 0 or None  # None: where there is no terminal
     bar = tqdm(steps, initial=first - 1, total=total, unit="step", disable=quiet)
     clock, n_tokens, flops, peak = time.perf_counter(), 0, 0, peak_flops(config, device)
-    for step in bar:
-        lr = lr_at(step, total, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        members = step_pairs(pairs, step, config)
-        outputs, grad_norm = training_step(model, optimizer, members, config, device)
-        n_tokens += sum(pair.n_tokens for pair in members)
-        flops += step_flops(model, members, config)
-        logs = due(step, config.log_every) or step == total
-        evaluates = bool(eval_pairs) and (due(step, config.eval_every) or step == total)
-        saves = due(step, config.save_every)
-        if not (logs or evaluates or saves):
-            continue
+    with stop_signals() as stopped:
+        for step in bar:
+            lr = lr_at(step, total, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            members = step_pairs(pairs, step, config)
+            outputs, grad_norm = training_step(model, optimizer, members, config, device)
+            n_tokens += sum(pair.n_tokens for pair in members)
+            flops += step_flops(model, members, config)
+            logs = due(step, config.log_every) or step == total
+            evaluates = bool(eval_pairs) and (due(step, config.eval_every) or step == total)
+            saves = due(step, config.save_every)
+            stop = largest_anywhere(stopped[-1] if stopped else 0)
+            if not (logs or evaluates or saves or stop):
+                continue
 
-        row = metrics_of(outputs, config.lam, len(members)) | {"grad_norm": grad_norm}
-        row = to_host(row | {"updates": optimizer.state[model.norm.weight]["step"]})
-        if (updates := int(row.pop("updates"))) < step:
-            members, where = (step_pairs(x, updates + 1, config) for x in (pairs, rows))
-            where = not_finite(model, members, where, config, device)
-            raise ValueError(
-                f"step {updates + 1}: not finite: {where}; nothing was updated or saved"
-            )
-        if logs:
-            row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
-            seconds = time.perf_counter() - clock
-            row |= {"tokens_per_second": n_tokens / seconds, "tflops": flops / seconds / 1e12}
-            if peak:
-                row["mfu"] = flops / seconds / peak / world()
-            row["peak_memory_gb"] = peak_memory_gb(device)
-            write_row(out, {"step": step} | row)
-            bar.set_postfix_str(
-                "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
-                "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
-                + (f" MFU {row['mfu']:.0%}" if peak else "")
-            )
-            clock, n_tokens, flops = time.perf_counter(), 0, 0
+            row = metrics_of(outputs, config.lam, len(members)) | {"grad_norm": grad_norm}
+            row = to_host(row | {"updates": optimizer.state[model.norm.weight]["step"]})
+            if (updates := int(row.pop("updates"))) < step:
+                members, where = (step_pairs(x, updates + 1, config) for x in (pairs, rows))
+                where = not_finite(model, members, where, config, device)
+                raise ValueError(
+                    f"step {updates + 1}: not finite: {where}; nothing was updated or saved"
+                )
+            if logs:
+                row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
+                seconds = time.perf_counter() - clock
+                row |= {"tokens_per_second": n_tokens / seconds, "tflops": flops / seconds / 1e12}
+                if peak:
+                    row["mfu"] = flops / seconds / peak / world()
+                row["peak_memory_gb"] = peak_memory_gb(device)
+                write_row(out, {"step": step} | row)
+                bar.set_postfix_str(
+                    "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
+                    "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
+                    + (f" MFU {row['mfu']:.0%}" if peak else "")
+                )
+                clock, n_tokens, flops = time.perf_counter(), 0, 0
 
-        # Once in a while, with the clock stopped.
-        pause = time.perf_counter()
-        if evaluates:
-            evaluation(step)
-        if saves:
-            save_checkpoint(out, step, model, optimizer, config)
-        clock += time.perf_counter() - pause
+            # Once in a while, with the clock stopped.
+            pause = time.perf_counter()
+            if evaluates:
+                evaluation(step)
+            if saves or stop:
+                save_checkpoint(out, step, model, optimizer, config)
+            if stop and step < total:
+                bar.close()
+                name = signal.Signals(stop).name
+                print(f"{name}: stopped after step {step} of {total}; --resume goes on from there")
+                return 128 + stop  # as a shell counts
+            clock += time.perf_counter() - pause
 
     if rank() == 0:
         save_model(model, tokenizer, rows, config, out / "model")
@@ -823,9 +889,8 @@ def print_changes(out: Path, total: int):
 
 
 def main(argv=None):
-    status = 0
     try:
-        train(parse(argv))
+        status = train(parse(argv)) or 0
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         who = f"train.py, process {rank()}" if rank() else "train.py"
         print(f"{who}: {error}", file=sys.stderr)
