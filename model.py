@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
@@ -572,7 +573,7 @@ class Transformer(nn.Module):
         cos, sin = rotary(positions, self.config)
         for block in self.layers:
             if cache is not None:  # never the compiled block: the lengths change at every token
-                x = block.forward(x, cos, sin, segments, cache)
+                x = block._call_impl(x, cos, sin, segments, cache)
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 inputs = x, cos, sin, segments
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -685,11 +686,13 @@ class Transformer(nn.Module):
         return found
 
     @classmethod
-    def from_pretrained(cls, folder, device=None, dtype: torch.dtype | None = None):
+    def from_pretrained(cls, folder, device=None, dtype: torch.dtype | None = None, shard=None):
         """Loads a Hugging Face folder, tensor by tensor, onto device (default: the CPU).
 
         dtype None keeps the stored one. Reads model.safetensors, its shards by their index, or
         pytorch_model.bin. Every name and shape is checked: FileNotFoundError, ValueError.
+        shard, a function of the model while it is empty, may make its parameters DTensors, of
+        which each process then keeps its own part.
         """
         folder = Path(folder)
         config = ModelConfig.from_json(folder / "config.json")
@@ -697,6 +700,9 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         expected = model._checkpoint_names()
+        if shard is not None:
+            shard(model)
+            model.to_empty(device=device or "cpu")
         for file, name, tensor in checkpoint_tensors(folder):
             name = re.sub(r"^(model\.|transformer\.)?(decoder\.)?", "", name)
             tied = name == "lm_head.weight" and config.tie_embeddings
@@ -720,6 +726,11 @@ class Transformer(nn.Module):
                 )
             for (ours_name, _), part in zip(ours, tensor.split(rows), strict=True):
                 part = part.to(device=device or "cpu", dtype=dtype, copy=True).contiguous()
+                p = model.get_parameter(ours_name)
+                if isinstance(p, DTensor):  # every process reads the tensor: nobody sends it
+                    own = distribute_tensor(part, p.device_mesh, p.placements, src_data_rank=None)
+                    p.detach().copy_(own)
+                    continue
                 module, _, leaf = ours_name.rpartition(".")
                 setattr(model.get_submodule(module), leaf, nn.Parameter(part))
         if expected:

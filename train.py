@@ -44,6 +44,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data
@@ -95,6 +103,7 @@ class TrainConfig:
     max_steps: int = flag("length", None, "updates; decides alone where given", least=1)
     batch_size: int = flag("length", 32, "pairs a step", least=1)
     micro_batch_tokens: int = flag("memory", 8192, "packed tokens at a time", least=1)
+    shard: bool = flag("memory", False, "of all weights each process keeps a part (FSDP2)")
     activation_checkpointing: bool = flag("memory", False, "blocks computed twice, not kept")
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
@@ -220,6 +229,53 @@ def largest_anywhere(number: int) -> int:
     return int(x)
 
 
+def shard(model: Transformer, config: TrainConfig, device):
+    """FSDP2: each process keeps a part of every weight; a block is gathered when it is its turn.
+
+    Blocks are gathered in --dtype, what is around them in float32, as the loss wants lm_head.
+    Gradients are summed in float32, and not averaged: see `sum_over_processes`.
+    """
+    mesh = init_device_mesh(device.type, (world(),))
+    dtypes = MixedPrecisionPolicy(getattr(torch, config.dtype), torch.float32, None, False)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=dtypes)
+    fully_shard(model, mesh=mesh)
+    for module in (*model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "hidden_states")
+
+
+@contextlib.contextmanager
+def weights_ready(model: Transformer):
+    """Within it a plain model's weights are cast once. From a sharded one, at its end, embedding
+    and lm_head go too, which stay gathered behind `hidden_states` until a backward pass."""
+    if not isinstance(model, FSDPModule):
+        with model.cast_weights():
+            yield
+    else:
+        yield
+        model.reshard()
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process has a part, put together; another as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gathered(model: Transformer) -> Transformer:
+    """The model on the CPU of process 0, as it is to be stored; a GPU holds a tensor at a time."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    for name, p in model.named_parameters():
+        x = whole(p.detach())  # by all processes
+        if rank() == 0:
+            module, _, leaf = name.rpartition(".")
+            x = torch.nn.Parameter(x.to("cpu", getattr(torch, model.config.dtype)))
+            setattr(plain.get_submodule(module), leaf, x)
+    return plain
+
+
 # ---------------------------------------------------------------------------------------------
 # The parts of a step.
 
@@ -289,15 +345,16 @@ def training_step(model: Transformer, optimizer, pairs: list[Pair], config: Trai
     counts the updates that it makes, `train` can tell the step when it next looks.
     """
     outputs = []
-    with model.cast_weights():
+    with weights_ready(model):
         for batch in micro_batches(pairs, config):
             output = forward(model, batch, config.lam, len(pairs), device)
             output.loss.backward()  # a plain sum: every normaliser is the whole step's
             outputs.append(output)
     loss = torch.stack([output.loss.detach() for output in outputs]).sum()
-    sum_over_processes([loss, *(p.grad for p in model.parameters())])
+    # (FSDP2 has summed its gradients itself, in each backward pass.)
+    sum_over_processes([loss, *(p.grad for p in model.parameters() if not config.shard)])
     clip = config.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True))
     optimizer.found_inf = optimizer.found_inf.maximum(~torch.isfinite(loss + grad_norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -311,7 +368,7 @@ def not_finite(model, pairs: list[Pair], rows: list, config: TrainConfig, device
         (batch,) = micro_batches([pair], config, dealt=False)
         output = forward(model, batch, config.lam, len(pairs), device)
         output.loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
         terms = {"L_SFT": output.nll_loss, "L_OR": config.lam * output.odds_ratio_loss.sum()}
         terms = [k for k, x in terms.items() if not torch.isfinite(x.to(output.loss.dtype))]
         terms += ["its gradient"] * (not terms and not torch.isfinite(norm))
@@ -354,7 +411,7 @@ def to_host(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(model, pairs: list[Pair], config: TrainConfig, device) -> dict[str, float]:
     """The metrics over all of an evaluation set, normalised over all of it, as eval_*."""
-    with model.cast_weights():
+    with weights_ready(model):
         batches = micro_batches(pairs, config)
         outputs = [forward(model, b, config.lam, len(pairs), device) for b in batches]
     metrics = to_host(metrics_of(outputs, config.lam, len(pairs)))
@@ -372,7 +429,8 @@ def answers(model, tokenizer, prompts: list[list[int]], max_new: int, device, **
         if new == 0:  # a prompt that fills the context has no answer
             texts |= dict.fromkeys(rows, "")
             continue
-        tokens = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
+        with weights_ready(model):
+            tokens = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
         for i, ids in zip(rows, tokens[:, length:].tolist(), strict=True):
             if tokenizer.eos_id in ids:
                 ids = ids[: ids.index(tokenizer.eos_id)]
@@ -461,7 +519,7 @@ def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
 
 def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
     for name, now in dataclasses.asdict(config).items():
-        free = name in ("resume", "eval_only", "device", "out", "keep")
+        free = name in ("resume", "eval_only", "device", "out", "keep", "shard")
         if not free and now != then.get(name):
             raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
 
@@ -546,6 +604,8 @@ def pick_device(config: TrainConfig) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {config.device}: only cpu and cuda are supported")
     several = "WORLD_SIZE" in os.environ  # torchrun says so
+    if config.shard and not several:
+        raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")
     if several and device.type == "cuda":  # --device cuda is the process's own
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -583,7 +643,8 @@ def keep_freed_memory():
 
 def load_inputs(config: TrainConfig, device):
     """Model, tokenizer, and the (pairs, rows) to train and to evaluate on; prints what was read."""
-    model = Transformer.from_pretrained(config.model, device=device, dtype=torch.float32)
+    cut = functools.partial(shard, config=config, device=device) if config.shard else None
+    model = Transformer.from_pretrained(config.model, device, torch.float32, cut)
     model.compute_dtype = getattr(torch, config.dtype)
     model.activation_checkpointing = config.activation_checkpointing
     for block in model.layers if config.compile else ():
@@ -659,6 +720,10 @@ def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_lo
     if model.activation_checkpointing:  # the inputs of all blocks, and all that one block keeps
         one = 4 * c.vocab_size * c.dim + size * block
         working = size * (c.n_layers * n * c.dim + cast) + max(lm_head, one)
+    if isinstance(model, FSDPModule):  # whole: what is around the blocks, and up to three of them
+        n_blocks = sum(p.numel() for p in model.layers.parameters())
+        working += 4 * (n_parameters - n_blocks) + 3 * size * n_blocks // c.n_layers - size * cast
+        n_parameters = n_parameters // world()
     gradients = 4 * n_parameters
     return 12 * n_parameters + (gradients + working if several else max(gradients, working))
 
@@ -820,8 +885,9 @@ def train(config: TrainConfig) -> int | None:
                 return 128 + stop  # as a shell counts
             clock += time.perf_counter() - pause
 
+    trained = gathered(model) if config.shard else model
     if rank() == 0:
-        save_model(model, tokenizer, rows, config, out / "model")
+        save_model(trained, tokenizer, rows, config, out / "model")
         print_changes(out, total)
     answers_after = answers(model, tokenizer, shown, 64, device)
     for prompt, before, after in zip(shown, answers_before, answers_after, strict=True):
