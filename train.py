@@ -617,7 +617,9 @@ def pick_device(config: TrainConfig) -> torch.device:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if several:  # hours, as the others wait while process 0 writes a large model
+    if (
+        several and not dist.is_initialized()
+    ):  # hours, as the others wait while process 0 writes a large model
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     if rank() > 0:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +15,36 @@ import torch
 import data
 import train
 from model import ModelConfig, Transformer
-from tests.test_train import CLOCKS
+from tests.test_train import CLOCKS, fails, run
 
 ROOT = Path(train.__file__).resolve().parent
 
 
-def launch(n: int, arguments: list[str], *more: str, check: bool = True):
-    """train.py on n processes (1: without torchrun); its rows and what it printed."""
+def start(n: int, arguments: list[str], script: Path = ROOT / "train.py") -> subprocess.Popen:
+    """train.py on n processes; 1 is without torchrun."""
     words = [sys.executable]
     if n > 1:
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    words += [str(ROOT / "train.py"), *arguments, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    if not check:
-        return done
-    assert done.returncode == 0, done.stdout + done.stderr
-    out = Path(words[len(words) - words[::-1].index("--out")])
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], done
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | environment
+    words += [str(script), *arguments]
+    return subprocess.Popen(
+        words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def rows_of(file: Path) -> list[dict]:
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def launch(n: int, arguments: list[str], *more: str) -> tuple[list[dict], str]:
+    """The rows that a whole run wrote, and what it printed."""
+    arguments = [*arguments, *more]
+    process = start(n, arguments)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, printed + errors
+    return rows_of(Path(arguments[arguments.index("--out") + 1]) / "metrics.jsonl"), printed
 
 
 def random_pairs(n: int, seed: int) -> list[data.Pair]:
@@ -75,17 +89,124 @@ def test_an_empty_micro_batch_adds_zeros():
 
 
 UNEVEN = ["--batch-size", "7", "--max-steps", "8", "--micro-batch-tokens", "100", "--lr", "1e-3"]
+SHARD = ("--shard", "--activation-checkpointing")
+
+
+@pytest.fixture(scope="module")
+def one_process(folder, tmp_path_factory):
+    """rows(*flags): those of the run on one process, computed once; and its folder."""
+    runs = {}
+
+    def rows(*flags: str):
+        if flags not in runs:
+            out = tmp_path_factory.mktemp("one") / "out"
+            runs[flags] = run([*files(folder), *flags], "--out", str(out)), out
+        return runs[flags]
+
+    return rows
+
+
+def files(folder: Path) -> list[str]:
+    names = {"model": "model", "data": "train.jsonl", "eval-data": "eval.jsonl"}
+    flags = [x for flag, name in names.items() for x in (f"--{flag}", str(folder / name))]
+    return [*flags, "--device", "cpu"]
+
+
+# Runs of train.py one after the other in the same processes, as starting them takes longest.
+SEVERAL = """
+import json, os, sys, train
+for arguments in map(json.loads, sys.argv[1:]):
+    try:
+        train.train(train.parse(arguments))
+    except ValueError as error:
+        print("ValueError:", error, file=sys.stderr, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder, tmp_path_factory):
+    """rows(*flags), printed, errors, of runs on two processes that were started at once."""
+    out, script = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("script") / "several.py"
+    script.write_text(SEVERAL)
+    runs = [(sft_loss, *more) for sft_loss in ("response", "full") for more in ((), SHARD)]
+    commands = [
+        [*files(folder), *UNEVEN, "--out", str(out / "-".join(flags)), "--sft-loss", *flags]
+        for flags in runs
+    ]
+    commands.append([*files(folder), *SHARD, "--lam", "1e37", "--out", str(out / "not-finite")])
+    process = start(2, [json.dumps(command) for command in commands], script)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out, printed, errors
 
 
 @pytest.mark.parametrize("sft_loss", ["response", "full"])
-def test_two_processes_equal_one(arguments, tmp_path, sft_loss):
+@pytest.mark.parametrize("more", [(), SHARD])
+def test_two_processes_equal_one(one_process, two_processes, sft_loss, more):
     """40 pairs by 7: the sixth step has 5. A learning rate at which roundings do not grow."""
-    flags = [*UNEVEN, "--sft-loss", sft_loss]
-    one, _ = launch(1, arguments, *flags, "--out", str(tmp_path / "one"))
-    two, done = launch(2, arguments, *flags, "--out", str(tmp_path / "two"))
-    compare(one, two, rel=2e-5)
-    assert done.stdout.count("parameters, stored as") == 1  # process 0 alone speaks
-    assert "over 2 processes, the busiest with 1." in done.stdout
+    one, out_one = one_process(*UNEVEN, "--sft-loss", sft_loss)
+    out_two = two_processes[0] / "-".join((sft_loss, *more))
+    compare(one, rows_of(out_two / "metrics.jsonl"), rel=2e-5)
+    compare_models(out_one, out_two, 1e-5)
+
+
+def test_process_0_alone_speaks_and_tells_the_balance(two_processes):
+    assert two_processes[1].count("parameters, stored as") == 5
+    assert two_processes[1].count("over 2 processes, the busiest with 1.") == 5
+
+
+def test_what_is_not_finite_is_found_by_every_process(folder, two_processes):
+    out, _, errors = two_processes
+    assert errors.count(f"step 1: not finite: {folder / 'train.jsonl'}:") == 2
+    assert errors.count("(its gradient)") == 6 and not (out / "not-finite" / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--dtype", "bfloat16"], ["--compile"]])
+def test_two_processes_equal_one_in_bfloat16_and_compiled(folder, one_process, tmp_path, more):
+    flags, bf16 = [*UNEVEN, "--sft-loss", "full"], "bfloat16" in more
+    one, out_one = one_process(*flags, *(more if bf16 else []))
+    two, _ = launch(2, [*files(folder), *flags, *more, "--shard"], "--out", str(tmp_path / "two"))
+    compare(one, two, rel=2e-2 if bf16 else 2e-5)
+    compare_models(out_one, tmp_path / "two", 1e-2 if bf16 else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--shard"]])
+def test_three_processes_for_steps_of_two_pairs(folder, one_process, tmp_path, more):
+    """One process has no pair at all, in any step, and weights do not divide by three."""
+    flags = ["--batch-size", "2", "--max-steps", "4", "--lr", "1e-3", "--sft-loss", "full"]
+    three, _ = launch(3, [*files(folder), *flags, *more], "--out", str(tmp_path / "three"))
+    compare(one_process(*flags)[0], three, rel=2e-5)
+
+
+def test_a_run_goes_on_over_2_then_1_then_2_processes(folder, one_process, tmp_path):
+    """Stopped twice by SIGTERM: to torchrun, which hands it on, and to one process."""
+    flags = ["--batch-size", "40", "--max-steps", "60", "--lr", "1e-4", "--save-every", "0"]
+    whole, out_whole = one_process(*flags)
+    out = tmp_path / "out"
+    arguments = [*files(folder), *flags, "--out", str(out)]
+    stops = []
+    for n, more in ((2, ["--shard"]), (1, [])):
+        metrics, process = out / "metrics.jsonl", start(n, [*arguments, *more, "--resume"])
+        wanted = len(rows_of(metrics)) + 3
+        while process.poll() is None and len(rows_of(metrics)) < wanted:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=60)
+        assert "SIGTERM: stopped after step" in printed and "--resume" in printed, errors
+        assert process.returncode == (143 if n == 1 else 1), errors  # 1 is torchrun's own
+        stops.append(max(int(f.name[5:]) for f in (out / "checkpoints").glob("step-*")))
+    rows, _ = launch(2, arguments, "--resume")
+    assert 0 < stops[0] < stops[1] < 60
+    compare(whole, rows, rel=2e-5)
+    compare_models(out, out_whole, 1e-5)
+
+
+def test_sharding_needs_several_processes(folder, tmp_path, capsys):
+    arguments = [*files(folder), "--out", str(tmp_path), "--shard"]
+    assert "torchrun --nproc-per-node" in fails(capsys, arguments)
 
 
 def compare(one: list[dict], two: list[dict], rel: float):
@@ -93,3 +214,9 @@ def compare(one: list[dict], two: list[dict], rel: float):
     for a, b in zip(one, two, strict=True):
         a, b = ({k: v for k, v in row.items() if k not in CLOCKS} for row in (a, b))
         assert a == pytest.approx(b, rel=rel, abs=2e-6)
+
+
+def compare_models(one: Path, two: Path, most: float):
+    models = [Transformer.from_pretrained(out / "model") for out in (one, two)]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=most)

@@ -98,25 +98,23 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(arguments
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    arguments, tmp_path, monkeypatch, capsys, number
-):
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
+    """SIGTERM is sent in test_distributed.py."""
     whole = run(arguments, "--out", str(tmp_path / "whole"))
     training_step, taken = train.training_step, []
 
     def signalled(*args):
         taken.append(1)
         if len(taken) == 5:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGINT)
         return training_step(*args)
 
-    before = signal.getsignal(number)
+    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(train, "training_step", signalled)
         run(arguments)
-    assert stopped.value.code == 128 + number and len(taken) == 5
-    assert signal.getsignal(number) == before
+    assert stopped.value.code == 130 and len(taken) == 5
+    assert signal.getsignal(signal.SIGINT) == before
     printed = capsys.readouterr().out.splitlines()[-1]
     assert "after step 5 of 12" in printed and "--resume" in printed
     assert not (tmp_path / "out" / "model").exists()
@@ -135,6 +133,15 @@ def truncate(file: Path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> tuple[list[str], Path, list[dict]]:
+    """Flags, folder and rows of a run that has ended, with checkpoints of steps 3 and 6."""
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    flags += ["--max-steps", "8", "--batch-size", "8", "--save-every", "3", "--device", "cpu"]
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return flags, out, run(flags, "--out", str(out))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -147,19 +154,24 @@ def truncate(file: Path):
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
-    arguments, tmp_path, capsys, name, damage
+    finished, tmp_path, capsys, name, damage
 ):
-    whole = run(arguments, "--save-every", "5")
-    damage(tmp_path / "out" / "checkpoints" / "step-00000010" / name)
-    assert steps(run(arguments, "--save-every", "5", "--resume")) == steps(whole)
-    assert "step-00000010: an older one is tried" in capsys.readouterr().err
+    flags, whole, rows = finished
+    shutil.copytree(whole, tmp_path / "out")
+    damage(tmp_path / "out" / "checkpoints" / "step-00000006" / name)
+    assert steps(run(flags, "--out", str(tmp_path / "out"), "--resume")) == steps(rows)
+    assert "step-00000006: an older one is tried" in capsys.readouterr().err
+    assert weights(tmp_path / "out") == weights(whole)
 
 
-def test_without_a_readable_checkpoint_nothing_is_made_up(arguments, tmp_path, capsys):
-    run(arguments, "--save-every", "5")
+def test_without_a_readable_checkpoint_nothing_is_made_up(finished, tmp_path, capsys):
+    flags, whole, _ = finished
+    shutil.copytree(whole, tmp_path / "out")
     for file in (tmp_path / "out" / "checkpoints").glob("*/__0_0.distcp"):
         truncate(file)
-    assert "none can be read" in fails(capsys, [*arguments, "--save-every", "5", "--resume"], 5)
+    assert "none can be read" in fails(
+        capsys, [*flags, "--out", str(tmp_path / "out"), "--resume"], 5
+    )
 
 
 @pytest.mark.parametrize("keep", [1, 3])
