@@ -137,7 +137,7 @@ def with_liger(Trainer):
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
     class Fused(Trainer):
-        fused = LigerFusedLinearORPOLoss(beta=LAM, compiled=False, chunk_size=1)
+        fused = LigerFusedLinearORPOLoss(beta=LAM, compiled=False, chunk_size=2)
 
         def get_batch_loss_metrics(self, model, batch, train_eval="train"):
             both = self.concatenated_inputs(
@@ -148,8 +148,8 @@ def with_liger(Trainer):
             loss, (chosen, rejected, *_) = self.fused(
                 model.lm_head.weight,
                 hidden[:, :-1],
-                both["concatenated_labels"][:, 1:],
-                nll_target=ids.where(mask == 1, -100)[:, 1:],
+                both["concatenated_labels"][:, 1:].contiguous(),
+                nll_target=ids.where(mask == 1, -100)[:, 1:].contiguous(),
             )
             return loss, {
                 "logps/chosen": chosen.mean().item(),
@@ -167,7 +167,7 @@ class Worker:
     def __init__(self, variant: Variant, arguments: list[str]):
         self.variant, self.seconds = variant, []
         script, *flags = variant.program
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / script), *flags, *arguments],
             stdin=subprocess.PIPE,
@@ -290,8 +290,8 @@ def write(text: str, out: Path, append: bool = False):
         file.write(text)
 
 
-def results_file() -> Path:
-    return HERE / "results" / f"{datetime.date.today()}-cpu.md"
+def results_file(name: str = "cpu", suffix: str = "md") -> Path:
+    return HERE / "results" / f"{datetime.date.today()}-{name}.{suffix}"
 
 
 def main():
