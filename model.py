@@ -17,6 +17,7 @@ Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments,
 H heads, K key/value heads, d head size, V vocabulary.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -260,9 +261,12 @@ ACTIVATIONS |= {"gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
 class Linear(nn.Linear):
     """A projection whose weight is cast to the dtype of what comes in: see `compute_dtype`."""
 
+    cast = None  # the weight already cast, within Transformer.cast_weights
+
     def forward(self, x):
+        weight = self.weight if self.cast is None else self.cast
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, weight.to(x.dtype), bias)
 
 
 class Norm(nn.Module):
@@ -379,29 +383,62 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
 
 
 def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window) -> Tensor:
-    """The same by scaled_dot_product_attention, neighbours of equal lengths in one call."""
-    runs = [
-        (*lens, len(list(same)))
-        for lens, same in itertools.groupby(zip(segments.q_lens, segments.k_lens, strict=True))
-    ]
+    """The same where there is no Flash kernel: a few calls, each for some neighbouring segments."""
+    tiles = _tiles(tuple(zip(segments.q_lens, segments.k_lens, strict=True)), window, q.device)
     # split and not slices: the backward pass of a slice writes a whole tensor of zeros
-    q_runs = q.split([q_len * n for q_len, _, n in runs])
-    k_runs, v_runs = (x.split([k_len * n for _, k_len, n in runs]) for x in (k, v))
+    q_tiles = q.split([t.n * t.q_len for t in tiles])
+    k_tiles, v_tiles = (x.split([t.n * t.k_len for t in tiles]) for x in (k, v))
     outs = []
-    for (q_len, k_len, n), *qkv in zip(runs, q_runs, k_runs, v_runs, strict=True):
-        qs, ks, vs = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv)  # (n, heads, len, d)
-        # is_causal means top-left, right only where lengths agree; one query sees every key.
-        square, mask = q_len == k_len, None
-        if window is not None or (not square and q_len > 1):
-            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
-            if window is not None:
-                mask = mask.triu(k_len - q_len - window + 1)
-        causal = mask is None and square and q_len > 1
-        out = F.scaled_dot_product_attention(
-            qs, ks, vs, attn_mask=mask, is_causal=causal, enable_gqa=True
-        )
+    for t, *qkv in zip(tiles, q_tiles, k_tiles, v_tiles, strict=True):
+        qs, ks, vs = (x.unflatten(0, (t.n, -1)).transpose(1, 2) for x in qkv)  # (n, heads, len, d)
+        if q.dtype == torch.bfloat16 and 1 < t.k_len <= 2048:
+            # On a CPU in bfloat16 the parts, written out, take half the time of the whole.
+            qs = qs.unflatten(1, (ks.shape[1], -1)) * qs.shape[-1] ** -0.5  # (n, K, H/K, q_len, d)
+            scores = qs @ ks[:, :, None].transpose(-1, -2)
+            weights = scores.masked_fill_(~t.mask, -torch.inf).softmax(-1)
+            out = (weights @ vs[:, :, None]).flatten(1, 2)
+        else:
+            mask = None if t.causal else t.mask
+            out = F.scaled_dot_product_attention(
+                qs, ks, vs, attn_mask=mask, is_causal=t.causal, enable_gqa=True
+            )
         outs.append(out.transpose(1, 2).flatten(0, 1))  # (n * q_len, H, d)
     return torch.cat(outs) if outs else q
+
+
+class Tile(NamedTuple):
+    """What one attention call takes on: n sequences of equal lengths, or some segments, joined."""
+
+    n: int
+    q_len: int
+    k_len: int
+    mask: Tensor  # (q_len, k_len) bool, true where a query sees a key
+    causal: bool  # the mask is the plain triangle, which has faster kernels
+
+
+@functools.lru_cache(maxsize=8)  # asked for in every layer
+def _tiles(lens: tuple[tuple[int, int], ...], window, device, joined: int = 128) -> list[Tile]:
+    """Sequences of equal lengths together; of other segments, neighbours up to `joined` queries:
+    a call costs more than the products of the segments with each other, which the mask drops."""
+    if len(set(lens)) == 1:
+        groups, n = [lens[:1]], len(lens)
+    else:
+        groups, n = [], 1
+        for q_len, k_len in lens:
+            if not groups or sum(q for q, _ in groups[-1]) + q_len > joined:
+                groups.append([])
+            groups[-1].append((q_len, k_len))
+    tiles = []
+    for group in groups:
+        segment_q, segment_k = (np.repeat(range(len(group)), x) for x in zip(*group, strict=True))
+        position_q = np.concatenate([np.arange(k - q, k) for q, k in group])  # aligned at the end
+        position_k = np.concatenate([np.arange(k) for _, k in group])
+        back = position_q[:, None] - position_k  # how far a key lies behind a query
+        mask = (segment_q[:, None] == segment_k) & (back >= 0) & (back < (window or np.inf))
+        causal = len(group) == 1 and group[0][0] == group[0][1] and window is None
+        mask = torch.from_numpy(mask).to(device)
+        tiles.append(Tile(n, *mask.shape, mask, causal))
+    return tiles
 
 
 class KVCache:
@@ -498,6 +535,23 @@ class Transformer(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if residual else 0.02)
 
+    @contextlib.contextmanager
+    def cast_weights(self):
+        """Within it the blocks' weights are cast to compute_dtype once, not in every micro-batch.
+
+        Each backward pass goes on through the cast, so gradients add up in the weights' own dtype.
+        """
+        dtype = self.compute_dtype
+        linears = [m for m in self.layers.modules() if isinstance(m, Linear)]
+        linears = [m for m in linears if dtype not in (None, m.weight.dtype)]
+        try:
+            for linear in linears:
+                linear.cast = linear.weight.to(dtype)
+            yield
+        finally:
+            for linear in linears:
+                linear.cast = None
+
     @property
     def lm_head_weight(self) -> Tensor:
         """The vocabulary projection (V, D)."""
@@ -546,6 +600,23 @@ class Transformer(nn.Module):
     def _check_length(self, length: int):
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens, but the context is {self.config.max_seq_len}")
+
+    def training_flops(self, lengths: list[tuple[int, int, int]], n_predicted: int) -> int:
+        """Operations that a training step on packed pairs of these (p, c, r) lengths needs.
+
+        A product of (n, a) and (a, b) matrices is 2nab operations, and the backward pass twice the
+        forward's. So 6 a weight a token in the blocks, 6VD a prediction for the vocabulary
+        projection, and 12Hd a layer for each key that a query sees. Elementwise work and what is
+        computed twice (--activation-checkpointing) do not count: MFU is of the needed operations.
+        """
+        c = self.config
+        weights = sum(m.weight.numel() for m in self.layers.modules() if isinstance(m, Linear))
+        total = 6 * weights * sum(map(sum, lengths)) + 6 * n_predicted * c.vocab_size * c.dim
+        runs = [(0, p + m) for p, m, _ in lengths] + [(p, p + r) for p, _, r in lengths]
+        seen = np.concatenate([1 + np.arange(*run) for run in runs])  # by the query at a position
+        for window in c.windows:
+            total += 12 * c.n_heads * c.head_dim * int(np.minimum(seen, window or np.inf).sum())
+        return total
 
     @torch.no_grad()
     def stream(

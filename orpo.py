@@ -254,8 +254,7 @@ class _FusedLinearORPO(torch.autograd.Function):
         nll = hidden.new_zeros((), dtype=torch.float64)
         sums = hidden.new_zeros(n_responses, dtype=torch.float64)  # sum_t log p_t of each response
         if needs_grad:
-            grad_hidden = torch.empty_like(hidden)
-            grad_lm_head = torch.zeros_like(lm_head, dtype=result_dtype(lm_head))
+            grad_hidden, grad_lm_head = torch.empty_like(hidden), None
 
         for start, stop in groups:
             rows = slice(start, stop)
@@ -290,12 +289,15 @@ class _FusedLinearORPO(torch.autograd.Function):
             others.mul_((-coefficient[:, None] / total).to(z.dtype))
             grad_z = others.scatter_(1, target, coefficient[:, None].to(z.dtype)).to(h.dtype)
             torch.mm(grad_z, weight, out=grad_hidden[rows])
-            grad_lm_head += _mm_float32(grad_z.t(), h)
+            part = _mm_float32(grad_z.t(), h).to(result_dtype(lm_head))  # (V, D)
+            grad_lm_head = part if grad_lm_head is None else grad_lm_head.add_(part)
 
         chosen, rejected = _mean_logps(sums, lengths)
         pair_losses = _odds_ratio_value(chosen, rejected)
         loss = nll + lam / n_pairs * pair_losses.sum()  # finite, by _mean_logps: lam 0 is fine
         if needs_grad:
+            if grad_lm_head is None:  # a micro-batch without predictions
+                grad_lm_head = torch.zeros_like(lm_head)
             ctx.save_for_backward(grad_hidden, grad_lm_head)
             ctx.lm_head_dtype = lm_head.dtype
         outputs = nll, pair_losses, chosen, rejected
@@ -306,8 +308,8 @@ class _FusedLinearORPO(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # the stored gradients are constants
     def backward(ctx, grad, *_):
         grad_hidden, grad_lm_head = ctx.saved_tensors
-        grad_lm_head = (grad * grad_lm_head).to(ctx.lm_head_dtype)
-        return (grad * grad_hidden).to(grad_hidden.dtype), grad_lm_head, None, None
+        # In place, as they are large: so a second backward pass is an error, not a wrong number.
+        return grad_hidden.mul_(grad), grad_lm_head.mul_(grad).to(ctx.lm_head_dtype), None, None
 
 
 def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -224,6 +224,21 @@ def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
     )
 
 
+def training_step(model: Transformer, optimizer, pairs: list[Pair], config: TrainConfig, device):
+    """One update from these pairs: the outputs of its micro-batches, and the gradient's norm."""
+    outputs = []
+    with model.cast_weights():
+        for batch in data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss):
+            output = forward(model, batch, config.lam, len(pairs), device)
+            output.loss.backward()  # a plain sum: every normaliser is the whole step's
+            outputs.append(output)
+    clip = config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return outputs, grad_norm
+
+
 def metrics_of(outputs: list, lam: float) -> dict[str, torch.Tensor]:
     """A step's metrics, under the names that TRL's users know, still on the device."""
     chosen = torch.cat([o.chosen_logps for o in outputs])
@@ -561,16 +576,8 @@ def train(config: TrainConfig):
         for group in optimizer.param_groups:
             group["lr"] = lr
         members = step_pairs(pairs, step, config)
-        outputs = []
-        for batch in data.micro_batches(members, config.micro_batch_tokens, config.sft_loss):
-            output = forward(model, batch, config.lam, len(members), device)
-            output.loss.backward()  # a plain sum: every normaliser is the whole step's
-            outputs.append(output)
-            n_tokens += len(batch.tokens)
-        clip = config.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        outputs, grad_norm = training_step(model, optimizer, members, config, device)
+        n_tokens += sum(pair.n_tokens for pair in members)
 
         if step % config.log_every == 0 or step == total:
             row = to_host(metrics_of(outputs, config.lam) | {"grad_norm": grad_norm})
