@@ -14,7 +14,6 @@ table's bound is the speed-up over (a) that counting operations allows; arXiv 24
 `--sft-loss full` nearly every row is predicted, and (d) is (c).
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -43,7 +42,7 @@ RESPONSE = 128  # mean tokens
 
 
 def make_pairs(ratio: float, n: int, seed: int = 0) -> list[data.Pair]:
-    """Responses of 64 to 192 tokens, prompts around ratio times their mean, a quarter up or down."""
+    """Responses of 64 to 192 tokens, prompts of ratio * 128, a quarter more or less."""
     rng = np.random.default_rng(seed)
     low, high = np.array([0.75 * ratio, 0.5, 0.5]), np.array([1.25 * ratio, 1.5, 1.5])
     lengths = (RESPONSE * rng.uniform(low, high, (n, 3))).astype(int)
@@ -105,7 +104,7 @@ def needed_flops(idea: str, model: Transformer, pairs: list[data.Pair]) -> int:
         lengths = [(n, 0, 0) for n in apart]
     if idea in "abc":
         rows = sum(sum(x) for x in lengths)
-    return step.training_flops(model, lengths, rows)
+    return model.training_flops(lengths, rows)
 
 
 def measure(idea: str, model: Transformer, pairs: list[data.Pair]):
@@ -113,8 +112,9 @@ def measure(idea: str, model: Transformer, pairs: list[data.Pair]):
     model.zero_grad(set_to_none=True)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     held, begin = step.memory_gb("VmRSS"), time.perf_counter()
-    loss = compute(idea, model, pairs)
-    loss.backward()
+    with model.cast_weights():
+        loss = compute(idea, model, pairs)
+        loss.backward()
     seconds = time.perf_counter() - begin
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     return seconds, step.memory_gb() - held, loss.item(), norm.item()

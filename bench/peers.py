@@ -188,6 +188,10 @@ class Worker:
         print(json.dumps(question), file=self.process.stdin, flush=True)
         return self.hear()
 
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
 
 def alternate(names: list[str], pair_set: str, dtype: str, rounds: int, warmup: int, threads: int):
     """One table: starts the workers, steps them in turn. Returns (markdown, summary)."""
@@ -216,8 +220,7 @@ def alternate(names: list[str], pair_set: str, dtype: str, rounds: int, warmup: 
             memory = [worker.ask("memory") for worker in workers]
         finally:
             for worker in workers:
-                worker.process.kill()
-                worker.process.wait()
+                worker.stop()
     flops = ready[0]["flops"][warmup:]
     rates = rates[warmup:]
     rows = []

@@ -58,37 +58,12 @@ def n_predicted(pairs: list[data.Pair]) -> int:
 
 
 def needed_flops(model: Transformer, pairs: list[data.Pair]) -> int:
-    return training_flops(model, [pair.lengths for pair in pairs], n_predicted(pairs))
-
-
-def training_flops(model, lengths, n_predicted: int) -> int:
-    c, total = model.config, 6 * n_predicted * model.config.vocab_size * model.config.dim
-    block = c.dim * 2 * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
-    for p, m, r in lengths:
-        seen = (p + m) * (p + m + 1) // 2 + r * (r + 1) // 2 + p * r
-        total += c.n_layers * (6 * (p + m + r) * block + 12 * seen * c.n_heads * c.head_dim)
-    return total
-
-
-def training_step(model, optimizer, pairs, config, device):
-    outputs = []
-    for batch in data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss):
-        output = train.forward(model, batch, config.lam, len(pairs), device)
-        output.loss.backward()
-        outputs.append(output)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return outputs, norm
-
-
-def make_config(**settings) -> train.TrainConfig:
-    return train.TrainConfig(lam=LAM, sft_loss="full", lr=LR, micro_batch_tokens=10**9, **settings)
+    return model.training_flops([pair.lengths for pair in pairs], n_predicted(pairs))
 
 
 def start(folder, dtype: str, device="cpu"):
     """(model, optimizer, config) as train.py has them before step 1."""
-    config = make_config(dtype=dtype)
+    config = train.TrainConfig(lam=LAM, sft_loss="full", lr=LR, grad_clip=1.0, dtype=dtype)
     model = Transformer.from_pretrained(folder, device=device, dtype=torch.float32)
     model.compute_dtype = getattr(torch, dtype)
     return model, train.make_optimizer(model, config), config
@@ -171,7 +146,7 @@ def serve(args):
     turns.ready(flops=[needed_flops(model, step) for step in steps])
     for step in steps:
         turns.wait()
-        outputs, _ = training_step(model, optimizer, step, config, torch.device("cpu"))
+        outputs, _ = train.training_step(model, optimizer, step, config, torch.device("cpu"))
         turns.done(sum(output.loss.detach() for output in outputs))
     turns.wait()
 
@@ -186,7 +161,7 @@ def measure(args):
     for i in range(0, len(pairs), size):
         step = pairs[i : i + size]
         begin = time.perf_counter()
-        training_step(model, optimizer, step, config, torch.device("cpu"))
+        train.training_step(model, optimizer, step, config, torch.device("cpu"))
         seconds = time.perf_counter() - begin
         rate = product_rate(model.compute_dtype)
         tokens = sum(pair.n_tokens for pair in step)
