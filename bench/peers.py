@@ -12,6 +12,7 @@ TRL takes a step as one micro-batch, as its gradient depends on the cut.
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -72,7 +73,14 @@ VARIANTS = {
         TUNED,
         "the same with Liger's LigerFusedLinearORPOLoss in place of logits and loss",
     ),
+    "compiled": Variant(
+        "TRL, tuned and compiled",
+        ["peers.py", "--serve", "compiled"],
+        TUNED,
+        "TRL, tuned, with `torch_compile=True`: needs a C++ compiler and a minute to begin",
+    ),
 }
+DEFAULT = [name for name in VARIANTS if name != "compiled"]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
@@ -111,6 +119,7 @@ def serve(args):
             out,
             bf16=args.dtype == "bfloat16",
             gradient_checkpointing=args.serve == "trl",
+            torch_compile=args.serve == "compiled",
             per_device_train_batch_size=args.batch_size,
             max_steps=len(pairs) // args.batch_size,
             learning_rate=LR,
@@ -301,13 +310,15 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=PAIRS_A_STEP, help="one set of pairs (default: both)")
     parser.add_argument("--dtype", choices=TOLERANCE, help="one dtype (default: both)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
     parser.add_argument("--rounds", type=positive, default=10)
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds that do not count")
+    parser.add_argument("--warmup", type=positive, default=3, help="rounds that do not count")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=results_file(), help="file to write")
     parser.add_argument("--append", action="store_true", help="to it, without a head")
-    parser.add_argument("--serve", choices=("trl", "plain", "liger"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--serve", choices=("trl", "plain", "liger", "compiled"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=positive, help=argparse.SUPPRESS)
@@ -317,6 +328,9 @@ def main():
         return serve(args)
     if args.rounds < 2:
         parser.error("--rounds: quartiles need at least 2")
+    for package in ("trl", "liger_kernel"):
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"{package} is not installed; `make bench` installs it, in .venv-peers")
     names = ["ours", *(name for name in VARIANTS if name in args.variants and name != "ours")]
     text = "" if args.append else head(args.threads) + "\n"
     text += "".join(f"- {VARIANTS[name].name}: {VARIANTS[name].about}\n" for name in names)
