@@ -1,6 +1,6 @@
 """The same optimizer steps by train.py, TRL's ORPOTrainer, and TRL with Liger's fused ORPO loss.
 
-    python bench/peers.py [--only short|long] [--dtype float32|bfloat16] [--rounds N] [--out FILE]
+    python bench/peers.py [--only short|long] [--dtype float32|bfloat16] [--seconds N] [--out FILE]
 
 Every variant is a process of its own with all the cores; they step in turn, one at a time, so that
 whatever else the machine does hits all alike. All get the same weights, the same token ids, the
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ VARIANTS = {
         "TRL, tuned",
         ["peers.py", "--serve", "plain"],
         TUNED,
-        "the same, and glibc told to keep its buffers: "
+        "no recomputation, and glibc told to keep its buffers: "
         + " ".join(f"{key}={value}" for key, value in TUNED.items()),
     ),
     "liger": Variant(
@@ -80,7 +81,8 @@ VARIANTS = {
         "TRL, tuned, with `torch_compile=True`: needs a C++ compiler and a minute to begin",
     ),
 }
-DEFAULT = [name for name in VARIANTS if name != "compiled"]
+DEFAULT = ["ours", "trl", "tuned", "liger"]  # the others on request: ten minutes are soon over
+LEAST_ROUNDS = 4
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
@@ -198,12 +200,18 @@ class Worker:
         return self.hear()
 
     def stop(self):
-        self.process.kill()
-        self.process.wait()
+        self.process.stdin.close()  # at which it ends by itself, and tidies up
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
-def alternate(names: list[str], pair_set: str, dtype: str, rounds: int, warmup: int, threads: int):
-    """One table: starts the workers, steps them in turn. Returns (markdown, summary)."""
+def alternate(
+    names, pair_set, dtype, rounds: int, seconds: float, warmup: int, threads: int
+) -> str:
+    """One table: the workers, stepped in turn, at most so many rounds or seconds after warm-up."""
     size = PAIRS_A_STEP[pair_set]
     workers = []
     with tempfile.TemporaryDirectory() as folder:
@@ -213,12 +221,14 @@ def alternate(names: list[str], pair_set: str, dtype: str, rounds: int, warmup: 
         arguments = ["--model", model, "--pairs", pairs_file, "--batch-size", size]
         arguments = [str(x) for x in (*arguments, "--dtype", dtype, "--threads", threads)]
         try:
-            ready = []
-            for name in names:  # one after another: imports too want the cores
-                workers.append(Worker(VARIANTS[name], arguments))
-                ready.append(workers[-1].hear())
-            losses, rates = [], []
+            workers += [Worker(VARIANTS[name], arguments) for name in names]
+            ready = [worker.hear() for worker in workers]
+            rates = []
             for i in range(warmup + rounds):
+                if i == warmup:
+                    begin = time.perf_counter()
+                if i >= warmup + LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+                    break
                 answers = [worker.ask("step") for worker in workers]
                 rates.append(workers[0].ask({"rate": dtype})["rate"])
                 if i == 0:
@@ -230,17 +240,16 @@ def alternate(names: list[str], pair_set: str, dtype: str, rounds: int, warmup: 
         finally:
             for worker in workers:
                 worker.stop()
-    flops = ready[0]["flops"][warmup:]
-    rates = rates[warmup:]
+    flops, rates = ready[0]["flops"][warmup : len(rates)], rates[warmup:]
     rows = []
     for worker, loss, used in zip(workers, losses, memory, strict=True):
-        seconds = worker.seconds[warmup:]
-        ratios = [a / b for a, b in zip(seconds, workers[0].seconds[warmup:], strict=True)]
-        shares = [f / s / r for f, s, r in zip(flops, seconds, rates, strict=True)]
+        times = worker.seconds[warmup:]
+        ratios = [a / b for a, b in zip(times, workers[0].seconds[warmup:], strict=True)]
+        shares = [f / s / r for f, s, r in zip(flops, times, rates, strict=True)]
         rows.append(
             [
                 worker.variant.name,
-                spread([1000 * s for s in seconds], ".0f"),
+                spread([1000 * s for s in times], ".0f"),
                 "1" if worker is workers[0] else spread(ratios, ".2f"),
                 f"{statistics.median(shares):.0%}",
                 f"{used['peak']:.2f}",
@@ -249,7 +258,7 @@ def alternate(names: list[str], pair_set: str, dtype: str, rounds: int, warmup: 
             ]
         )
     title = (
-        f"### {pair_set} pairs ({size} a step), {dtype}\n\n{rounds} rounds; a step needs "
+        f"### {pair_set} pairs ({size} a step), {dtype}\n\n{len(rates)} rounds; a step needs "
         f"{statistics.mean(flops) / 1e9:.0f} GFLOP; matrix products run at "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s\n\n"
     )
@@ -311,8 +320,9 @@ def main():
     parser.add_argument("--only", choices=PAIRS_A_STEP, help="one set of pairs (default: both)")
     parser.add_argument("--dtype", choices=TOLERANCE, help="one dtype (default: both)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
-    parser.add_argument("--rounds", type=positive, default=10)
-    parser.add_argument("--warmup", type=positive, default=3, help="rounds that do not count")
+    parser.add_argument("--rounds", type=positive, default=30, help="at most")
+    parser.add_argument("--seconds", type=positive, default=70, help="a table, after warm-up")
+    parser.add_argument("--warmup", type=positive, default=2, help="rounds that do not count")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=results_file(), help="file to write")
     parser.add_argument("--append", action="store_true", help="to it, without a head")
@@ -326,8 +336,8 @@ def main():
     torch.set_num_threads(args.threads)
     if args.serve:
         return serve(args)
-    if args.rounds < 2:
-        parser.error("--rounds: quartiles need at least 2")
+    if args.rounds < LEAST_ROUNDS:
+        parser.error(f"--rounds: quartiles need at least {LEAST_ROUNDS}")
     for package in ("trl", "liger_kernel"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"{package} is not installed; `make bench` installs it, in .venv-peers")
@@ -339,7 +349,9 @@ def main():
         write(text, args.out, args.append)
         for pair_set in [args.only] if args.only else PAIRS_A_STEP:
             for dtype in [args.dtype] if args.dtype else TOLERANCE:
-                text = alternate(names, pair_set, dtype, args.rounds, args.warmup, args.threads)
+                text = alternate(
+                    names, pair_set, dtype, args.rounds, args.seconds, args.warmup, args.threads
+                )
                 print(text, flush=True)
                 write("\n" + text, args.out, append=True)
     except (OSError, RuntimeError) as error:
