@@ -20,7 +20,6 @@ H heads, K key/value heads, d head size, V vocabulary.
 import contextlib
 import functools
 import inspect
-import itertools
 import json
 import math
 import mmap
@@ -37,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -365,6 +365,7 @@ _GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).pa
 USE_VARLEN = True  # tests set it to False to compare the two roads on one device
 
 
+@torch.compiler.disable  # its lengths are new in every micro-batch; around it a block compiles once
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) -> Tensor:
     """Causal attention within each segment. q (N, H, d), k and v (N, K, d) -> (N, H, d).
 
@@ -523,6 +524,7 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.compute_dtype = None  # None: that of the parameters
+        self.activation_checkpointing = False  # keep a block's input alone, compute the rest twice
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.embed_positions = None
         if c.position_offset is not None:
@@ -565,7 +567,13 @@ class Transformer(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = rotary(positions, self.config)
         for block in self.layers:
-            x = block(x, cos, sin, segments, cache)
+            if cache is not None:  # never the compiled block: the lengths change at every token
+                x = block.forward(x, cos, sin, segments, cache)
+            elif self.activation_checkpointing and torch.is_grad_enabled():
+                inputs = x, cos, sin, segments
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, segments)
         return self.norm(x)
 
     def projection(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

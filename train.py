@@ -19,6 +19,7 @@ There is no dropout, whatever the checkpoint's config says (TRL switches it off 
 """
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -33,6 +34,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# Large tensors on a CPU in huge pages: PyTorch looks for this when it first allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 from tqdm import tqdm
 
@@ -41,6 +45,7 @@ from data import Batch, Pair
 from model import Segments, Transformer, to_device
 from orpo import fused_linear_orpo, log_odds, pair_groups
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 BUILTIN = Path(__file__).parent / "examples" / "facts" / "train.json"
 BUILTIN_OUT = Path("out") / "builtin"
 TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
@@ -83,11 +88,13 @@ class TrainConfig:
     max_steps: int = flag("length", None, "updates; decides alone where given", least=1)
     batch_size: int = flag("length", 32, "pairs a step", least=1)
     micro_batch_tokens: int = flag("memory", 8192, "packed tokens at a time", least=1)
+    activation_checkpointing: bool = flag("memory", False, "blocks computed twice, not kept")
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
     seed: int = flag("run", 42, "of order and sampling", least=0)
     device: str = flag("run", None, "cpu, cuda, cuda:1 (default: cuda if there is one)")
     dtype: str = flag("run", None, "default: bfloat16 on cuda", ("float32", "bfloat16"))
+    compile: bool = flag("run", False, "torch.compile the blocks: minutes at first, then faster")
     log_every: int = flag("run", 1, "steps between rows of metrics", least=1)
     eval_every: int = flag("run", 0, "steps; 0: first and last only", least=0)
     save_every: int = flag("run", 500, "steps between checkpoints; 0: none", least=0)
@@ -204,6 +211,13 @@ def step_pairs(pairs: list[Pair], step: int, config: TrainConfig) -> list[Pair]:
     return [pairs[k] for k in indices[i * config.batch_size :][: config.batch_size]]
 
 
+def micro_batches(pairs: list[Pair], config: TrainConfig) -> list[Batch]:
+    """In bfloat16 filled up to multiples of 64: a CPU builds a kernel for every new shape,
+    and the tiles of a GPU have such sizes."""
+    multiple = 64 if config.dtype == "bfloat16" else 1
+    return data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss, multiple)
+
+
 def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
     """The loss of one micro-batch, as its share of a step of n_pairs."""
     groups = pair_groups(batch.response)  # here, while it is still on the host
@@ -228,7 +242,7 @@ def training_step(model: Transformer, optimizer, pairs: list[Pair], config: Trai
     """One update from these pairs: the outputs of its micro-batches, and the gradient's norm."""
     outputs = []
     with model.cast_weights():
-        for batch in data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss):
+        for batch in micro_batches(pairs, config):
             output = forward(model, batch, config.lam, len(pairs), device)
             output.loss.backward()  # a plain sum: every normaliser is the whole step's
             outputs.append(output)
@@ -267,8 +281,9 @@ def to_host(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(model, pairs: list[Pair], config: TrainConfig, device) -> dict[str, float]:
     """The metrics over all of an evaluation set, normalised over all of it, as eval_*."""
-    batches = data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss)
-    outputs = [forward(model, b, config.lam, len(pairs), device) for b in batches]
+    with model.cast_weights():
+        batches = micro_batches(pairs, config)
+        outputs = [forward(model, b, config.lam, len(pairs), device) for b in batches]
     return {f"eval_{k}": v for k, v in to_host(metrics_of(outputs, config.lam)).items()}
 
 
@@ -407,13 +422,34 @@ def pick_device(config: TrainConfig) -> torch.device:
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
+    else:
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """On a CPU: no buffer goes back to the system, so that a step does not pay for its pages anew.
+
+    glibc's malloc gives large buffers back at once, and getting them again, page by page, took up
+    to half of a step. Where there is no glibc, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in (
+            (M_MMAP_MAX, 0),
+            (M_TRIM_THRESHOLD, 2**31 - 1),
+            (M_TOP_PAD, 2**26),
+        ):
+            mallopt(parameter, value)
 
 
 def load_inputs(config: TrainConfig, device):
     """Model, tokenizer, and the (pairs, rows) to train and to evaluate on; prints what was read."""
     model = Transformer.from_pretrained(config.model, device=device, dtype=torch.float32)
     model.compute_dtype = getattr(torch, config.dtype)
+    model.activation_checkpointing = config.activation_checkpointing
+    for block in model.layers if config.compile else ():
+        block.compile(dynamic=True)
     tokenizer = data.load_tokenizer(config.model)
     if config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
@@ -532,7 +568,7 @@ def try_micro_batch(model: Transformer, pairs: list[Pair], config: TrainConfig, 
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        for batch in data.micro_batches(pairs, n, config.sft_loss):
+        for batch in micro_batches(pairs, config):
             forward(model, batch, config.lam, len(pairs), device).loss.backward()
     except torch.OutOfMemoryError:
         raise ValueError(
@@ -570,7 +606,7 @@ def train(config: TrainConfig):
         evaluation(0)
 
     bar = tqdm(range(first, total + 1), initial=first - 1, total=total, unit="step", disable=None)
-    clock, n_tokens = time.perf_counter(), 0
+    clock, n_tokens, flops, peak = time.perf_counter(), 0, 0, peak_flops(config, device)
     for step in bar:
         lr = lr_at(step, total, config)
         for group in optimizer.param_groups:
@@ -578,20 +614,25 @@ def train(config: TrainConfig):
         members = step_pairs(pairs, step, config)
         outputs, grad_norm = training_step(model, optimizer, members, config, device)
         n_tokens += sum(pair.n_tokens for pair in members)
+        flops += step_flops(model, members, config)
 
         if step % config.log_every == 0 or step == total:
             row = to_host(metrics_of(outputs, config.lam) | {"grad_norm": grad_norm})
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise ValueError(f"step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}")
             row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
-            row["tokens_per_second"] = n_tokens / (time.perf_counter() - clock)
+            seconds = time.perf_counter() - clock
+            row |= {"tokens_per_second": n_tokens / seconds, "tflops": flops / seconds / 1e12}
+            if peak:
+                row["mfu"] = flops / seconds / peak
             row["peak_memory_gb"] = peak_memory_gb(device)
             write_row(out, {"step": step} | row)
             bar.set_postfix_str(
                 "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
                 "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
+                + (f" MFU {row['mfu']:.0%}" if peak else "")
             )
-            clock, n_tokens = time.perf_counter(), 0
+            clock, n_tokens, flops = time.perf_counter(), 0, 0
 
         # Once in a while, with the clock stopped.
         pause = time.perf_counter()
@@ -611,6 +652,24 @@ def train(config: TrainConfig):
 
 def gigabytes(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:.2f} GB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MB"
+
+
+# Dense bfloat16 operations a second by the makers' data sheets, in 1e12; the first name that fits.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
+
+
+def peak_flops(config: TrainConfig, device) -> float | None:
+    """What MFU is a share of; None where the device or the dtype is not in the table."""
+    if device.type != "cuda" or config.dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def step_flops(model: Transformer, pairs: list[Pair], config: TrainConfig) -> int:
+    lengths = [pair.lengths for pair in pairs]
+    n_predicted = sum(c + r + (p - 1 if config.sft_loss == "full" else 0) for p, c, r in lengths)
+    return model.training_flops(lengths, n_predicted)
 
 
 def peak_memory_gb(device) -> float:

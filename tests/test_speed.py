@@ -1,0 +1,186 @@
+"""What makes a step cheap, pinned by counting and never by a clock."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import model as model_module
+import train
+from model import ModelConfig, Transformer
+
+CPU = torch.device("cpu")
+MM = (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+
+
+def tiny(dtype=torch.float32, **changes) -> Transformer:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 211, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+    model = Transformer(ModelConfig(**sizes | {"n_kv_heads": 2} | changes))
+    model.compute_dtype = dtype
+    return model
+
+
+def some_pairs(n: int, seed: int, longest: int = 20) -> list[data.Pair]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest, (n, 3))
+    return [data.Pair(*(rng.integers(0, 211, k).tolist() for k in row)) for row in lengths]
+
+
+def step(model, pairs, **settings):
+    config = train.TrainConfig(**{"lr": 1e-3, "sft_loss": "full", "dtype": "float32"} | settings)
+    optimizer = train.make_optimizer(model, config)
+    return train.training_step(model, optimizer, pairs, config, CPU)
+
+
+class Products(TorchDispatchMode):
+    """The shapes (n, a, b) of all products of two matrices within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in MM:
+            self.shapes.append((*args[0].shape, args[1].shape[1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sft_loss", ["response", "full"])
+@pytest.mark.parametrize("budget", [10**9, 60])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_does_the_operations_that_the_formula_counts(sft_loss, budget, checkpointing):
+    model, pairs = tiny(), some_pairs(7, seed=1)
+    model.activation_checkpointing = checkpointing
+    settings = {"sft_loss": sft_loss, "micro_batch_tokens": budget}
+    with Products() as products:
+        step(model, pairs, **settings)
+    counted = sum(2 * n * a * b for n, a, b in products.shapes)
+    config = train.TrainConfig(**settings)
+    seen = sum(
+        (p + c) * (p + c + 1) // 2 + r * (r + 1) // 2 + r * p
+        for p, c, r in (x.lengths for x in pairs)
+    )
+    attention = 12 * model.config.n_layers * model.config.dim * seen
+    again = 0
+    if checkpointing:  # the blocks' forward pass but for its last product, which nothing needs
+        weights = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+        weights -= sum(block.mlp.down_proj.weight.numel() for block in model.layers)
+        again = 2 * weights * sum(pair.n_tokens for pair in pairs)
+    needed = train.step_flops(model, pairs, config)
+    assert counted == needed - attention + again
+
+
+def test_attention_counts_the_keys_that_a_query_sees():
+    pairs = some_pairs(5, seed=2)
+    lengths = [pair.lengths for pair in pairs]
+    for windows in ([None, None], [4, None], [4, 7]):
+        model = tiny(windows=windows)
+        segments = model_module.Segments.packed(lengths)
+        lens = tuple(zip(segments.q_lens, segments.k_lens, strict=True))
+        keys = sum(
+            int(tile.mask.sum()) * tile.n
+            for window in windows
+            for tile in model_module._tiles(lens, window, CPU)
+        )
+        counted = model.training_flops(lengths, 0)
+        weights = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+        assert counted - 6 * weights * sum(map(sum, lengths)) == 12 * 32 * keys
+
+
+def test_each_prompt_is_computed_once_and_lm_head_only_where_a_prediction_counts():
+    model, pairs = tiny(), some_pairs(6, seed=3)
+    for sft_loss in ("response", "full"):
+        with Products() as products:
+            step(model, pairs, sft_loss=sft_loss)
+        rows = [n for n, a, b in products.shapes if b == 48 and a == 32 and n != 48]
+        # In each layer gate and up forward, and down backward.
+        assert rows == [sum(pair.n_tokens for pair in pairs)] * 6
+        (batch,) = data.micro_batches(pairs, 10**9, sft_loss)
+        weighted = (batch.nll_weight != 0) | (batch.response >= 0)
+        assert bool(weighted.all())
+        assert [n for n, _, b in products.shapes if b == 211] == [int(weighted.sum())]
+
+
+def test_no_tensor_of_tokens_by_vocabulary_outlives_the_forward_pass():
+    model, pairs = tiny(vocab_size=5003), some_pairs(6, seed=4)
+    (batch,) = data.micro_batches(pairs, 10**9, "full")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        output = train.forward(model, batch, 0.1, len(pairs), CPU)
+    alive = kept + [x for x in gc.get_objects() if type(x) is torch.Tensor]
+    logits = len(batch.predict) * 5003
+    assert len(batch.predict) > 32  # so that lm_head's own gradient is smaller
+    assert max(x.numel() for x in alive) < logits
+    assert max(x.numel() for x in kept) == 5003 * 32  # that gradient, ready since the forward pass
+    output.loss.backward()
+
+
+def test_in_bfloat16_shapes_are_few_and_their_filling_changes_nothing():
+    seen = set()
+    for seed in range(12):
+        with Products() as products:
+            step(tiny(torch.bfloat16), some_pairs(5, seed), dtype="bfloat16")
+        seen |= set(products.shapes)
+    rows = {n for n, a, b in seen if (a, b) == (32, 48)}
+    assert rows <= {64, 128, 192, 256, 320}, rows
+    assert len(seen) <= 12 * len(rows)  # by layer and not by step
+
+    model, pairs = tiny(torch.float64).double(), some_pairs(5, seed=0)
+    results = []
+    for multiple in (1, 64):
+        model.zero_grad()
+        (batch,) = data.micro_batches(pairs, 10**9, "full", multiple)
+        output = train.forward(model, batch, 0.1, len(pairs), CPU)
+        output.loss.backward()
+        results.append((output.loss, *(p.grad for p in model.parameters())))
+    assert len(batch.tokens) % 64 == 0 == len(batch.predict) % 64
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-15)
+
+
+def test_weights_are_cast_once_a_step():
+    class Casts(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function is torch.ops.aten._to_copy.default and tuple(args[0].shape) == (48, 32):
+                self.n += args[0].dtype == torch.float32 and kwargs["dtype"] == torch.bfloat16
+            return function(*args, **kwargs)
+
+    with Casts() as casts:
+        outputs, _ = step(
+            tiny(torch.bfloat16), some_pairs(6, 5), dtype="bfloat16", micro_batch_tokens=64
+        )
+    assert len(outputs) > 2
+    assert casts.n == 4  # gate and up, two layers
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_are_compiled_once(checkpointing):
+    model, config = tiny(), train.TrainConfig(dtype="float32", sft_loss="full")
+    model.activation_checkpointing = checkpointing
+
+    def gradients(pairs):
+        model.zero_grad()
+        for batch in train.micro_batches(pairs, config):
+            train.forward(model, batch, 0.1, len(pairs), CPU).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    steps = [some_pairs(4, seed) for seed in range(6)]
+    expected = [gradients(pairs) for pairs in steps]
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.compile(dynamic=True, backend="aot_eager")
+    gradients(steps[0]), gradients(steps[1])
+    try:
+        torch._dynamo.config.error_on_recompile = True
+        for pairs, wanted in zip(steps[2:], expected[2:], strict=True):
+            torch.testing.assert_close(gradients(pairs), wanted)
+        assert model.generate(torch.tensor([[1, 2, 3]]), 4).shape == (1, 7)
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+        torch._dynamo.reset()
