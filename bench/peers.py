@@ -32,7 +32,11 @@ HERE = Path(__file__).resolve().parent
 
 # glibc maps every large buffer anew and gives it back, so its pages are faulted in at each step.
 # With these it keeps what it once had, in huge pages where the kernel offers them.
+# train.py sees to the same by itself; importing it also sets THP_MEM_ALLOC_ENABLE, which a TRL as
+# installed must not inherit.
+AS_INSTALLED = {"THP_MEM_ALLOC_ENABLE": "0"}
 TUNED = {
+    "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**46),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -52,13 +56,13 @@ VARIANTS = {
     "trl": Variant(
         "TRL",
         ["peers.py", "--serve", "trl"],
-        {},
+        AS_INSTALLED,
         "as installed: padded, and its default recomputation of activations",
     ),
     "plain": Variant(
         "TRL, no recomputation",
         ["peers.py", "--serve", "plain"],
-        {},
+        AS_INSTALLED,
         "`gradient_checkpointing=False`, which its ORPOConfig turns on",
     ),
     "tuned": Variant(

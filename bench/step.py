@@ -61,12 +61,15 @@ def needed_flops(model: Transformer, pairs: list[data.Pair]) -> int:
     return model.training_flops([pair.lengths for pair in pairs], n_predicted(pairs))
 
 
-def start(folder, dtype: str, device="cpu"):
-    """(model, optimizer, config) as train.py has them before step 1."""
-    config = train.TrainConfig(lam=LAM, sft_loss="full", lr=LR, grad_clip=1.0, dtype=dtype)
+def start(folder, dtype: str):
+    """(model, optimizer, config, device) as train.py has them before step 1."""
+    config = train.TrainConfig(
+        lam=LAM, sft_loss="full", lr=LR, grad_clip=1.0, device="cpu", dtype=dtype
+    )
+    device = train.pick_device(config)  # which also tells malloc to keep what it has
     model = Transformer.from_pretrained(folder, device=device, dtype=torch.float32)
     model.compute_dtype = getattr(torch, dtype)
-    return model, train.make_optimizer(model, config), config
+    return model, train.make_optimizer(model, config), config, device
 
 
 def save_random_model(folder, shape: ModelConfig = SHAPE, seed: int = 0):
@@ -141,12 +144,12 @@ def serve(args):
     """Ours. Each step takes the next pairs of the file."""
     turns = Turns()
     pairs = [data.Pair(*pair) for pair in json.loads(args.pairs.read_text())]
-    model, optimizer, config = start(args.model, args.dtype)
+    model, optimizer, config, device = start(args.model, args.dtype)
     steps = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
     turns.ready(flops=[needed_flops(model, step) for step in steps])
     for step in steps:
         turns.wait()
-        outputs, _ = train.training_step(model, optimizer, step, config, torch.device("cpu"))
+        outputs, _ = train.training_step(model, optimizer, step, config, device)
         turns.done(sum(output.loss.detach() for output in outputs))
     turns.wait()
 
@@ -156,12 +159,12 @@ def measure(args):
     pairs = make_pairs(args.set, args.steps + 3)
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(folder)
-        model, optimizer, config = start(folder, args.dtype)
+        model, optimizer, config, device = start(folder, args.dtype)
     before, size, rows = memory_gb("VmRSS"), PAIRS_A_STEP[args.set], []
     for i in range(0, len(pairs), size):
         step = pairs[i : i + size]
         begin = time.perf_counter()
-        train.training_step(model, optimizer, step, config, torch.device("cpu"))
+        train.training_step(model, optimizer, step, config, device)
         seconds = time.perf_counter() - begin
         rate = product_rate(model.compute_dtype)
         tokens = sum(pair.n_tokens for pair in step)
