@@ -230,7 +230,7 @@ def alternate(
             rates = []
             for i in range(warmup + rounds):
                 if i == warmup:
-                    begin = time.perf_counter()
+                    begin, before = time.perf_counter(), cpu_seconds(workers)
                 if i >= warmup + LEAST_ROUNDS and time.perf_counter() - begin > seconds:
                     break
                 answers = [worker.ask("step") for worker in workers]
@@ -240,6 +240,8 @@ def alternate(
                     check(names, losses, TOLERANCE[dtype])
                 for worker, answer in zip(workers, answers, strict=True):
                     worker.seconds.append(answer["seconds"])
+            machine, own = (b - a for a, b in zip(before, cpu_seconds(workers), strict=True))
+            others = (machine - own) / (time.perf_counter() - begin) / os.cpu_count()
             memory = [worker.ask("memory") for worker in workers]
         finally:
             for worker in workers:
@@ -264,10 +266,22 @@ def alternate(
     title = (
         f"### {pair_set} pairs ({size} a step), {dtype}\n\n{len(rates)} rounds; a step needs "
         f"{statistics.mean(flops) / 1e9:.0f} GFLOP; matrix products run at "
-        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s\n\n"
+        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s; others took {others:.0%} of the cores\n\n"
     )
     heads = ["", "ms a step (quartiles)", "times ours (quartiles)", "share of product rate"]
     return title + table([*heads, "peak GB", "after imports", "first loss"], rows)
+
+
+def cpu_seconds(workers: list[Worker]) -> tuple[float, float]:
+    """CPU time so far: the machine's, with what its host took away, and the workers'."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _io, *rest = Path("/proc/stat").read_text().split()[1:9]
+    machine = sum(int(x) for x in (user, nice, system, *rest))
+    own = 0
+    for worker in workers:
+        fields = Path(f"/proc/{worker.process.pid}/stat").read_text().rsplit(")")[-1].split()
+        own += int(fields[11]) + int(fields[12])
+    return machine / ticks, own / ticks
 
 
 def check(names, losses, tolerance: float):
