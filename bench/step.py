@@ -42,7 +42,7 @@ def make_pairs(name: str, n_steps: int, vocab_size: int = SHAPE.vocab_size, seed
     two responses correlated; means 15, 18 and 18 tokens. long: prompts about 200, responses 350.
     """
     rng = np.random.default_rng(seed)
-    prompt, ours, theirs, both = rng.standard_normal((4, n_steps * PAIRS_A_STEP[name]))
+    prompt, ours, theirs, both = rng.standard_normal((n_steps * PAIRS_A_STEP[name], 4)).T
     chosen, rejected = (math.sqrt(0.62) * both + math.sqrt(0.38) * x for x in (ours, theirs))
     if name == "short":
         lengths = np.exp([2.656 + 0.329 * prompt, 2.759 + 0.5 * chosen, 2.752 + 0.5 * rejected])
