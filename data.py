@@ -80,9 +80,10 @@ def _preference(row, where: str) -> Preference:
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
     for key in ("chosen", "rejected"):
-        if not isinstance(row.get(key), str | list):
-            kind = type(row[key]).__name__ if key in row else f"missing: the row has {sorted(row)}"
-            raise ValueError(f"{key!r} must be text or a list of messages; it is {kind}")
+        if key not in row:
+            raise ValueError(f"key {key!r} is missing; the row has {sorted(row)}")
+        if not isinstance(row[key], str | list):
+            raise ValueError(f"{key} must be text or a list of messages, not {row[key]!r:.30}")
     name = next((key for key in ("prompt", "instruction", "question") if key in row), "prompt")
     prompt, chosen, rejected, accept = map(row.get, (name, "chosen", "rejected", "accept"))
     if not isinstance(accept, list | None) or not all(isinstance(x, str) for x in accept or ()):
@@ -107,7 +108,7 @@ def _preference(row, where: str) -> Preference:
         if not prompt or len(answer) != 1 or answer[0]["role"] != "assistant":
             roles = [m["role"] for m in messages]
             wanted = "the prompt's messages and one assistant message more, or that message alone"
-            raise ValueError(f"{key} must be {wanted}; not {roles} after {len(prompt)} of a prompt")
+            raise ValueError(f"{key} must be {wanted}; it is {roles} after {len(prompt)} messages")
         answers.append(answer)
     return Preference(prompt, *answers, accept, where, form)
 
@@ -708,8 +709,7 @@ def _read_optional(file: Path) -> dict:
 
 
 def show(pair: Pair, tokenizer, colour: bool = True) -> str:
-    """A pair as text, a line a part, token boundaries visible: dim is context, green is made
-    likelier, red less likely."""
+    """A pair as text, tokens set apart: dim is context, green made likelier, red less likely."""
     lines, roles = [], ("context", "trained towards", "trained away from")
     for name, ids, role, paint in zip(Pair._fields, pair, roles, (2, 32, 31), strict=True):
         lines.append(f"{name}: {len(ids)} tokens, {role}")

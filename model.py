@@ -555,6 +555,10 @@ class Transformer(nn.Module):
                 linear.cast = None
 
     @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """The vocabulary projection (V, D)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

@@ -64,6 +64,7 @@ def flag(group: str, default, help: str, choices=None, least=None, below=math.in
     return dataclasses.field(default=default, metadata=meta)
 
 
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 IO, OBJECTIVE, OPTIMIZER = "input and output", "objective", "optimizer"
 
 
@@ -78,7 +79,7 @@ class TrainConfig:
     lam: float = flag(OBJECTIVE, 0.1, "weight of L_OR (TRL's beta)", least=0)
     sft_loss: str = flag(OBJECTIVE, "response", "tokens under L_SFT", ("response", "full"))
     lr: float = flag(OPTIMIZER, 8e-6, "peak learning rate of AdamW", least=0)
-    lr_schedule: str = flag(OPTIMIZER, "cosine", "after warm-up", ("cosine", "linear", "constant"))
+    lr_schedule: str = flag(OPTIMIZER, "cosine", "after warm-up", SCHEDULES)
     warmup_steps: int = flag(OPTIMIZER, 10, "linear warm-up", least=0)
     weight_decay: float = flag(OPTIMIZER, 0.0, "of matrices", least=0)
     grad_clip: float = flag(OPTIMIZER, 1.0, "largest gradient norm; 0: off", least=0)
@@ -195,8 +196,12 @@ def lr_at(step: int, total: int, config: TrainConfig) -> float:
     if step <= warmup:
         return config.lr * step / warmup
     progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after warm-up
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return config.lr * {"constant": 1, "linear": 1 - progress, "cosine": cosine}[config.lr_schedule]
+    if config.lr_schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * progress)) / 2
+    if config.lr_schedule == "inverse_sqrt":
+        scale = warmup or 10_000  # as in transformers
+        return config.lr * math.sqrt(scale / (scale + step - 1 - warmup))
+    return config.lr * (1 - progress if config.lr_schedule == "linear" else 1)
 
 
 def steps_in_epoch(pairs: list[Pair], config: TrainConfig) -> int:
@@ -492,19 +497,36 @@ def load_inputs(config: TrainConfig, device):
     return model, tokenizer, *sets
 
 
-def estimate_memory(model: Transformer, n_tokens: int, n_predicted: int) -> tuple[int, int]:
-    """Bytes: (weights, gradients, Adam's moments), (activations of a micro-batch at their peak)."""
-    c = model.config
+def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_loss="full") -> int:
+    """Bytes of weights, gradients, moments and activations where a step needs the most.
+
+    pairs: the largest micro-batch. several: a step has other micro-batches too, whose gradients
+    are there while this one's activations are. tests/test_train.py holds it against measurement.
+    """
+    c, lengths = model.config, [pair.lengths for pair in pairs]
     size = torch.finfo(model.compute_dtype).bits // 8
     n_parameters = sum(p.numel() for p in model.parameters())
-    # Kept for the backward pass, a token a layer: residuals and norms, q k v before and after
-    # rotary and gathering, the attention's output, and the MLP's four wide tensors.
+    n = sum(map(sum, lengths))  # packed tokens
+    keys = n + sum(p for p, _, _ in lengths)  # those of a prompt are gathered twice
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    a_layer = 6 * c.dim + 3 * heads + 6 * kv + 4 * c.hidden_dim
-    activations = n_tokens * c.n_layers * a_layer * size
-    rows = min(n_predicted, 2048)  # orpo.pair_groups
-    lm_head = 2 * c.vocab_size * c.dim * 4 + 2 * rows * c.vocab_size * 4
-    return 16 * n_parameters, activations + lm_head
+    # What a block keeps for its backward pass, in values of the compute dtype: two norms (what
+    # they normalise in float32, what they scale, what comes out); queries before and after
+    # rotary, keys before it, keys and values gathered; attention's output; the MLP's wide tensors.
+    norms = (2 if c.parallel is False else 1) * (2 + 4 // size) * c.dim
+    block = n * (norms + 3 * heads + kv + (4 if c.gated else 2) * c.hidden_dim) + 2 * keys * kv
+    if size == 2 and model.device.type == "cpu":  # attention in parts keeps its weights
+        block += c.n_heads * sum((p + m) ** 2 + r * (p + r) for p, m, r in lengths)
+    cast = sum(p.numel() for p in model.layers.parameters()) if size == 2 else 0
+    # lm_head: its gradient and one group's share of it; the group's logits, in float32 and cast
+    n_predicted = sum(m + r + (p if sft_loss == "full" else 0) for p, m, r in lengths)
+    group = min(n_predicted, 2048) * c.vocab_size  # orpo.pair_groups
+    lm_head = c.vocab_size * c.dim * (4 + size + size % 4) + group * (4 + size % 4)
+    working = size * (c.n_layers * block + cast) + lm_head
+    if model.activation_checkpointing:  # the inputs of all blocks, and all that one block keeps
+        one = 4 * c.vocab_size * c.dim + size * block
+        working = size * (c.n_layers * n * c.dim + cast) + max(lm_head, one)
+    gradients = 4 * n_parameters
+    return 12 * n_parameters + (gradients + working if several else max(gradients, working))
 
 
 def claim_folder(config: TrainConfig) -> Path | None:
@@ -545,16 +567,14 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
     ]
     tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]
-    n_predicted = sum(sum(pair.lengths[1:]) for pair in largest)
-    fixed, varying = estimate_memory(model, max(tokens), n_predicted)
+    memory = estimate_memory(model, largest, len(parts) > total, config.sft_loss)
     print(
         f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "
         f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "
         f"the largest of {max(tokens)}\n"
         f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
         f"({config.lr_schedule}, {config.warmup_steps} warm-up), seed {config.seed}\n"
-        f"memory   about {gigabytes(fixed)} of weights, gradients and moments, and "
-        f"{gigabytes(varying)} for the largest micro-batch",
+        f"memory   about {gigabytes(memory)} at the most: weights, gradients, moments, activations",
         flush=True,
     )
     return total, largest
