@@ -82,11 +82,10 @@ def draw(found: dict, file: Path):
             for ax, ys in zip(column, rows, strict=True):
                 text = f"{VARIANTS[name].name}: exponent {exponent(xs, ys):.2f}"
                 ax.loglog(xs, ys, "o-", color=COLOURS[name], label=text, lw=1.8, ms=4)
+                ax.legend(frameon=False, fontsize=8)
                 ax.set_xticks(SWEEPS[what][1])
                 ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
                 ax.xaxis.set_minor_formatter(NullFormatter())
-        for ax in column:
-            ax.legend(frameon=False, fontsize=8)
         column[1].set_xlabel(label)
     axes[0, 0].set_ylabel("ms a step")
     axes[1, 0].set_ylabel("peak GB above the imports")
