@@ -67,11 +67,16 @@ def draw(found: dict, file: Path):
     matplotlib.rcParams |= {
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
         **{"axes.edgecolor": GREY, "grid.color": GREY, "grid.alpha": 0.25, "axes.grid": True},
-        **{"svg.hashsalt": "orpo", "font.size": 10, "axes.spines.top": False},
+        **{
+            "svg.hashsalt": "orpo",
+            "svg.fonttype": "none",
+            "font.size": 10,
+            "axes.spines.top": False,
+        },
         **{"axes.spines.right": False},
     }
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained", sharey="row")
     for column, (what, (label, _)) in zip(axes.T, SWEEPS.items(), strict=True):
@@ -84,7 +89,9 @@ def draw(found: dict, file: Path):
                 ax.loglog(xs, ys, "o-", color=COLOURS[name], label=text, lw=1.8, ms=4)
                 ax.legend(frameon=False, fontsize=8)
                 ax.set_xticks(SWEEPS[what][1])
-                ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+                ax.xaxis.set_major_formatter(
+                    lambda x, _: f"{x / 1000:.0f}k" if x > 9999 else f"{x:.0f}"
+                )
                 ax.xaxis.set_minor_formatter(NullFormatter())
         column[1].set_xlabel(label)
     axes[0, 0].set_ylabel("ms a step")
