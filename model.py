@@ -385,26 +385,39 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
 
 def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window) -> Tensor:
     """The same where there is no Flash kernel: a few calls, each for some neighbouring segments."""
-    tiles = _tiles(tuple(zip(segments.q_lens, segments.k_lens, strict=True)), window, q.device)
+    # On a CPU in bfloat16 the parts, written out, take half the time of the whole; and as every new
+    # shape costs a new kernel there, lengths are filled up.
+    in_parts = q.dtype == torch.bfloat16 and 1 < max(segments.k_lens, default=0) <= 2048
+    lens = tuple(zip(segments.q_lens, segments.k_lens, strict=True))
+    tiles = _tiles(lens, window, q.device, q.dtype, 64 if in_parts else 1)
     # split and not slices: the backward pass of a slice writes a whole tensor of zeros
     q_tiles = q.split([t.n * t.q_len for t in tiles])
     k_tiles, v_tiles = (x.split([t.n * t.k_len for t in tiles]) for x in (k, v))
     outs = []
     for t, *qkv in zip(tiles, q_tiles, k_tiles, v_tiles, strict=True):
         qs, ks, vs = (x.unflatten(0, (t.n, -1)).transpose(1, 2) for x in qkv)  # (n, heads, len, d)
-        if q.dtype == torch.bfloat16 and 1 < t.k_len <= 2048:
-            # On a CPU in bfloat16 the parts, written out, take half the time of the whole.
-            qs = qs.unflatten(1, (ks.shape[1], -1)) * qs.shape[-1] ** -0.5  # (n, K, H/K, q_len, d)
-            scores = qs @ ks[:, :, None].transpose(-1, -2)
-            weights = scores.masked_fill_(~t.mask, -torch.inf).softmax(-1)
-            out = (weights @ vs[:, :, None]).flatten(1, 2)
+        if in_parts:
+            out = _attention_in_parts(qs, ks, vs, t.bias)[:, :, : t.q_len]
         else:
-            mask = None if t.causal else t.mask
+            bias = None if t.causal else t.bias
             out = F.scaled_dot_product_attention(
-                qs, ks, vs, attn_mask=mask, is_causal=t.causal, enable_gqa=True
+                qs, ks, vs, attn_mask=bias, is_causal=t.causal, enable_gqa=True
             )
         outs.append(out.transpose(1, 2).flatten(0, 1))  # (n * q_len, H, d)
     return torch.cat(outs) if outs else q
+
+
+def _attention_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Product, softmax, product. q (n, H, q_len, d), k and v (n, K, k_len, d), as long as the bias
+    (rows, keys) or shorter -> (n, H, rows, d)."""
+    (n, n_heads, _, d), (rows, keys) = q.shape, bias.shape
+    q, k, v = (
+        F.pad(x, (0, 0, 0, length - x.shape[2])).reshape(n * k.shape[1], -1, d)  # a head of k each
+        for x, length in ((q, rows), (k, keys), (v, keys))
+    )
+    bias = bias.repeat(q.shape[1] // rows, 1)  # the query heads of a key head, one below another
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)
+    return (scores.softmax(-1) @ v).view(n, n_heads, rows, d)
 
 
 class Tile(NamedTuple):
@@ -413,14 +426,16 @@ class Tile(NamedTuple):
     n: int
     q_len: int
     k_len: int
-    mask: Tensor  # (q_len, k_len) bool, true where a query sees a key
-    causal: bool  # the mask is the plain triangle, which has faster kernels
+    bias: Tensor  # (q_len, k_len) or filled up: 0 where a query sees a key, -inf where not
+    causal: bool  # the bias is the plain triangle, which has faster kernels
 
 
 @functools.lru_cache(maxsize=8)  # asked for in every layer
-def _tiles(lens: tuple[tuple[int, int], ...], window, device, joined: int = 128) -> list[Tile]:
+def _tiles(
+    lens: tuple[tuple[int, int], ...], window, device, dtype, multiple: int, joined: int = 128
+) -> list[Tile]:
     """Sequences of equal lengths together; of other segments, neighbours up to `joined` queries:
-    a call costs more than the products of the segments with each other, which the mask drops."""
+    a call costs more than the products of the segments with each other, which the bias drops."""
     if len(set(lens)) == 1:
         groups, n = [lens[:1]], len(lens)
     else:
@@ -435,10 +450,15 @@ def _tiles(lens: tuple[tuple[int, int], ...], window, device, joined: int = 128)
         position_q = np.concatenate([np.arange(k - q, k) for q, k in group])  # aligned at the end
         position_k = np.concatenate([np.arange(k) for _, k in group])
         back = position_q[:, None] - position_k  # how far a key lies behind a query
-        mask = (segment_q[:, None] == segment_k) & (back >= 0) & (back < (window or np.inf))
+        sees = (segment_q[:, None] == segment_k) & (back >= 0) & (back < (window or np.inf))
         causal = len(group) == 1 and group[0][0] == group[0][1] and window is None
-        mask = torch.from_numpy(mask).to(device)
-        tiles.append(Tile(n, *mask.shape, mask, causal))
+        rows, keys = (-length % multiple for length in sees.shape)
+        filled = np.pad(sees, ((0, rows), (0, keys)))
+        filled[len(sees) :] = True  # a query that sees nothing would be NaN
+        bias = torch.zeros(filled.shape, dtype=dtype).masked_fill_(
+            torch.from_numpy(~filled), -torch.inf
+        )
+        tiles.append(Tile(n, *sees.shape, bias.to(device), causal))
     return tiles
 
 
