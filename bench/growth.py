@@ -88,7 +88,8 @@ def draw(found: dict, file: Path):
                 text = f"{VARIANTS[name].name}: exponent {exponent(xs, ys):.2f}"
                 ax.loglog(xs, ys, "o-", color=COLOURS[name], label=text, lw=1.8, ms=4)
                 ax.legend(frameon=False, fontsize=8)
-                ax.set_xticks(SWEEPS[what][1])
+                values = SWEEPS[what][1]  # less what would stand on its neighbour's label
+                ax.set_xticks([x for x in values if not any(x < y < 1.5 * x for y in values)])
                 ax.xaxis.set_major_formatter(
                     lambda x, _: f"{x / 1000:.0f}k" if x > 9999 else f"{x:.0f}"
                 )
