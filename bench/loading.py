@@ -92,12 +92,9 @@ def packing():
     n = sum(pair.n_tokens for pair in pairs)
     with torch.device("meta"):
         flops = step_flops(Transformer(SHAPE), pairs, config)
-    print(
-        f"{1000 * statistics.median(seconds):.1f} ms for {n} tokens, {len(pairs)} pairs; with 1.1 billion"
-    )
-    print(
-        f"parameters the step needs {flops / 1e12:.0f} TFLOP: {flops / 4e11:.0f} ms at 400 TFLOP/s"
-    )
+    milliseconds = 1000 * statistics.median(seconds)
+    print(f"{milliseconds:.1f} ms for {len(pairs)} pairs of {n} tokens; the step itself, with")
+    print(f"1.1 billion parameters: {flops / 1e12:.0f} TFLOP, {flops / 4e11:.0f} ms at 400 TFLOP/s")
 
 
 def main():
