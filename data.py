@@ -244,18 +244,38 @@ class Batch(NamedTuple):
     response_lengths: Tensor  # (2B,) int64: chosen and rejected of pair 0, of pair 1, ...
 
 
-def micro_batches(pairs: list[Pair], budget: int, sft_loss: str, multiple: int = 1) -> list[Batch]:
+def micro_batches(
+    pairs: list[Pair], budget: int, sft_loss: str, multiple: int = 1, rank: int = 0, world: int = 1
+) -> list[Batch]:
     """One optimizer step's pairs as micro-batches of at most `budget` tokens (see `cut`).
+
+    Of several processes each gets its own share, in as many micro-batches as all the others, as
+    they may have to compute together: an empty one where it has no pair.
 
     Tokens and predictions are filled up to a multiple of `multiple`, where kernels want that: by a
     run of token 0 that nobody sees, and by predictions without weight.
 
-    The weights are the whole step's, so the gradients of the micro-batches simply add up:
+    The weights are the whole step's, so the gradients of all micro-batches simply add up:
     sft_loss "response": 1/(pairs * m) for each of the m tokens of a chosen response;
     sft_loss "full": 1/(such tokens) for every predicted token of prompt and chosen, as in TRL.
     """
     n_tokens = sum(p + c - 1 for p, c, _ in (pair.lengths for pair in pairs))
-    return [_pack(part, sft_loss, len(pairs), n_tokens, multiple) for part in cut(pairs, budget)]
+    shares = [cut(share, budget) for share in deal(pairs, world)]
+    parts = shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
+    return [_pack(part, sft_loss, len(pairs), n_tokens, multiple) for part in parts]
+
+
+def deal(pairs: list[Pair], world: int) -> list[list[Pair]]:
+    """A share for each process: the longest pair first, each to whom has the fewest tokens yet.
+
+    Within a share the order stays.
+    """
+    shares, tokens = [[] for _ in range(world)], [0] * world
+    for i in sorted(range(len(pairs)), key=lambda i: -pairs[i].n_tokens):
+        least = tokens.index(min(tokens))
+        shares[least].append(i)
+        tokens[least] += pairs[i].n_tokens
+    return [[pairs[i] for i in sorted(share)] for share in shares]
 
 
 def cut(pairs: list[Pair], budget: int) -> list[list[Pair]]:
@@ -288,7 +308,7 @@ def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int, multipl
         weight += [np.full(p - first + c, 1 / (n_tokens if full else n_pairs * c)), np.zeros(r)]
         start = rejected + r
     lengths = [pair.lengths for pair in pairs]
-    if fill := -start % multiple:
+    if fill := -start % multiple if pairs else multiple:  # kernels want one token at least
         lengths.append((fill, 0, 0))
         tokens.append(np.zeros(fill))
         positions.append(np.arange(fill))
@@ -300,7 +320,7 @@ def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int, multipl
         lengths,
         *(torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in ints),
         torch.from_numpy(np.concatenate(weight).astype(np.float32)),
-        torch.tensor([n for pair in pairs for n in pair.lengths[1:]]),
+        torch.tensor([n for pair in pairs for n in pair.lengths[1:]], dtype=torch.int64),
     )
 
 

@@ -3,6 +3,7 @@
     python train.py                                        the built-in job (minutes on a laptop)
     python train.py --model DIR --data FILE --eval-data FILE --out OUT
     python train.py ... --resume                           goes on after an interruption
+    torchrun --nproc-per-node N train.py ...               the same steps over N processes
     python train.py --model DIR --eval-data FILE --eval-only
 
 What runs in which dtype:
@@ -19,6 +20,7 @@ There is no dropout, whatever the checkpoint's config says (TRL switches it off 
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -26,18 +28,22 @@ import itertools
 import json
 import math
 import os
-import pickle
 import resource
 import shutil
+import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 # Large tensors on a CPU in huge pages: PyTorch looks for this when it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
 import data
@@ -99,6 +105,7 @@ class TrainConfig:
     log_every: int = flag("run", 1, "steps between rows of metrics", least=1)
     eval_every: int = flag("run", 0, "steps; 0: first and last only", least=0)
     save_every: int = flag("run", 500, "steps between checkpoints; 0: none", least=0)
+    keep: int = flag("run", 2, "newest checkpoints that stay", least=1)
     resume: bool = flag("run", False, "from the newest checkpoint in --out")
     eval_only: bool = flag("run", False, "evaluate --model on --eval-data")
 
@@ -187,6 +194,33 @@ def read_config(file: Path) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
+# Processes: each takes its share of a step's pairs, and what they find adds up.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensors: list[torch.Tensor]):
+    """Makes each tensor its sum over all processes, in place: no second copy of the gradients."""
+    works = [dist.all_reduce(x, async_op=True) for x in tensors if world() > 1]
+    for work in works:
+        work.wait()
+
+
+def largest_anywhere(number: int) -> int:
+    """The largest of the processes' numbers. No process goes on before all have come here."""
+    x = torch.tensor(number)  # on the CPU, by gloo: the GPU is not waited for
+    if world() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return int(x)
+
+
+# ---------------------------------------------------------------------------------------------
 # The parts of a step.
 
 
@@ -209,18 +243,22 @@ def steps_in_epoch(pairs: list[Pair], config: TrainConfig) -> int:
     return math.ceil(len(pairs) / config.batch_size)
 
 
-def step_pairs(pairs: list[Pair], step: int, config: TrainConfig) -> list[Pair]:
-    """The pairs of update `step`: a function of (seed, step), so resuming needs no other state."""
+def step_pairs(pairs: list, step: int, config: TrainConfig) -> list:
+    """The pairs, or their rows, of update `step`: by (seed, step), so resuming needs no state."""
     epoch, i = divmod(step - 1, steps_in_epoch(pairs, config))
     indices = data.order(len(pairs), config.seed, epoch)
     return [pairs[k] for k in indices[i * config.batch_size :][: config.batch_size]]
 
 
-def micro_batches(pairs: list[Pair], config: TrainConfig) -> list[Batch]:
-    """In bfloat16 filled up to multiples of 64: a CPU builds a kernel for every new shape,
-    and the tiles of a GPU have such sizes."""
+def micro_batches(pairs: list[Pair], config: TrainConfig, dealt: bool = True) -> list[Batch]:
+    """This process's share of a step's pairs, or all of them where they are not dealt.
+
+    In bfloat16 filled up to multiples of 64: a CPU builds a kernel for every new shape, and the
+    tiles of a GPU have such sizes.
+    """
     multiple = 64 if config.dtype == "bfloat16" else 1
-    return data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss, multiple)
+    mine = (rank(), world()) if dealt else ()
+    return data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss, multiple, *mine)
 
 
 def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
@@ -244,37 +282,67 @@ def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
 
 
 def training_step(model: Transformer, optimizer, pairs: list[Pair], config: TrainConfig, device):
-    """One update from these pairs: the outputs of its micro-batches, and the gradient's norm."""
+    """One update from these pairs: the outputs of its micro-batches, and the gradient's norm.
+
+    Where the loss or the norm is not finite there is no update, then or later: `found_inf` makes
+    Adam leave everything as it is, on the device and without the host's waiting, and as Adam
+    counts the updates that it makes, `train` can tell the step when it next looks.
+    """
     outputs = []
     with model.cast_weights():
         for batch in micro_batches(pairs, config):
             output = forward(model, batch, config.lam, len(pairs), device)
             output.loss.backward()  # a plain sum: every normaliser is the whole step's
             outputs.append(output)
+    loss = torch.stack([output.loss.detach() for output in outputs]).sum()
+    sum_over_processes([loss, *(p.grad for p in model.parameters())])
     clip = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True)
+    optimizer.found_inf = optimizer.found_inf.maximum(~torch.isfinite(loss + grad_norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return outputs, grad_norm
 
 
-def metrics_of(outputs: list, lam: float) -> dict[str, torch.Tensor]:
-    """A step's metrics, under the names that TRL's users know, still on the device."""
+def not_finite(model, pairs: list[Pair], rows: list, config: TrainConfig, device) -> str:
+    """Where a step's loss or gradient is not finite: its pairs one by one, on the same weights."""
+    found = []
+    for pair, row in zip(pairs, rows, strict=True):
+        (batch,) = micro_batches([pair], config, dealt=False)
+        output = forward(model, batch, config.lam, len(pairs), device)
+        output.loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        terms = {"L_SFT": output.nll_loss, "L_OR": config.lam * output.odds_ratio_loss.sum()}
+        terms = [k for k, x in terms.items() if not torch.isfinite(x.to(output.loss.dtype))]
+        terms += ["its gradient"] * (not terms and not torch.isfinite(norm))
+        found += [f"{row.where} ({' and '.join(terms)})"] * bool(terms)
+        model.zero_grad(set_to_none=True)
+    return f"{', '.join(found[:3])}{', ...' * (len(found) > 3)}" or "the sum over all of its rows"
+
+
+def metrics_of(outputs: list, lam: float, n_pairs: int) -> dict[str, torch.Tensor]:
+    """A step's metrics, under the names that TRL's users know, still on the device.
+
+    Each is a sum: over the pairs of this process, then over processes.
+    """
     chosen = torch.cat([o.chosen_logps for o in outputs])
     rejected = torch.cat([o.rejected_logps for o in outputs])
     pair_losses = torch.cat([o.odds_ratio_loss for o in outputs])
-    return {
+    shares = {
         "loss": torch.stack([o.loss.detach().double() for o in outputs]).sum(),
         "nll_loss": torch.stack([o.nll_loss for o in outputs]).sum(),
-        "log_odds_ratio": -pair_losses.mean(),  # TRL's name: the mean log *sigmoid* of the ...
-        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).mean(),  # ... log odds ratio
-        "rewards/chosen": lam * chosen.mean(),
-        "rewards/rejected": lam * rejected.mean(),
-        "rewards/accuracies": (chosen > rejected).double().mean(),
-        "rewards/margins": lam * (chosen - rejected).mean(),
-        "logps/chosen": chosen.mean(),  # mean over a response's tokens, then over pairs
-        "logps/rejected": rejected.mean(),
+        "log_odds_ratio": -pair_losses.sum() / n_pairs,  # TRL's name: mean log *sigmoid* of the ...
+        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).sum() / n_pairs,  # ... log odds
+        "rewards/chosen": lam * chosen.sum() / n_pairs,
+        "rewards/rejected": lam * rejected.sum() / n_pairs,
+        "rewards/accuracies": (chosen > rejected).double().sum() / n_pairs,
+        "rewards/margins": lam * (chosen - rejected).sum() / n_pairs,
+        "logps/chosen": chosen.sum() / n_pairs,  # mean over a response's tokens, then over pairs
+        "logps/rejected": rejected.sum() / n_pairs,
     }
+    sums = torch.stack(list(shares.values()))
+    sum_over_processes([sums])
+    return dict(zip(shares, sums, strict=True))
 
 
 def to_host(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -289,7 +357,8 @@ def evaluate(model, pairs: list[Pair], config: TrainConfig, device) -> dict[str,
     with model.cast_weights():
         batches = micro_batches(pairs, config)
         outputs = [forward(model, b, config.lam, len(pairs), device) for b in batches]
-    return {f"eval_{k}": v for k, v in to_host(metrics_of(outputs, config.lam)).items()}
+    metrics = to_host(metrics_of(outputs, config.lam, len(pairs)))
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def answers(model, tokenizer, prompts: list[list[int]], max_new: int, device, **sampling):
@@ -332,47 +401,100 @@ def accepted(model, tokenizer, pairs, rows, seed: int, device) -> dict[str, floa
 # ---------------------------------------------------------------------------------------------
 # Checkpoints: a folder a step, written beside, then renamed; the newest complete one wins.
 
+# torch.distributed.checkpoint says so of a single process, each time.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
+def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
+    """Weights, Adam's moments and its count, by name: the tensors themselves, to save or to fill.
+
+    The order of pairs follows from the step, so there is nothing else.
+    """
+    state = {}
+    for name, p in model.named_parameters():
+        state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
+    return state
+
 
 def save_checkpoint(out: Path, step: int, model, optimizer, config: TrainConfig):
+    """By all processes together. Raises OSError where it fails; older checkpoints stay then."""
     folder = out / "checkpoints"
     temporary, final = folder / "unfinished", folder / f"step-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"step": step, "config": dataclasses.asdict(config)}
-    torch.save(state, temporary / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
+    try:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            settings = json.dumps(dataclasses.asdict(config))
+            (temporary / "config.json").write_text(settings, encoding="utf-8")
+        largest_anywhere(0)
+        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)  # ends everywhere
+        if rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in sorted(folder.glob("step-*"))[: -config.keep]:
+                shutil.rmtree(old)
+    except (OSError, dcp.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        good = [old.name for old in sorted(folder.glob("step-*"))[-1:]]
+        raise OSError(
+            f"{final}: not written: {reason(error)}; the last good checkpoint is "
+            f"{' '.join(good) or 'none'}; mend that, then go on with --resume"
+        ) from None
 
 
 def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
-    """Restores the newest checkpoint and returns its step; 0 where there is none yet."""
-    state = None
-    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
-        file = folder / "state.pt"
+    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet."""
+    folders = sorted((out / "checkpoints").glob("step-*"), reverse=True)
+    for folder in folders:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            break
-        except (OSError, RuntimeError, pickle.UnpicklingError):
-            print(f"{file}: not readable; an older checkpoint is tried", file=sys.stderr)
-    if state is None:
-        return 0
-    now, then = dataclasses.asdict(config), state["config"]
-    for name in now:
-        if name not in ("resume", "eval_only", "device", "out") and now[name] != then.get(name):
-            raise ValueError(
-                f"--resume: {name} was {then.get(name)!r} in {file}, now {now[name]!r}"
-            )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+            then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            refuse_other_settings(config, then, folder)
+            dcp.load(training_state(model, optimizer), checkpoint_id=folder)
+            return int(folder.name.removeprefix("step-"))
+        except (OSError, json.JSONDecodeError, dcp.CheckpointException) as error:
+            if rank() == 0:
+                print(f"{folder}: an older one is tried: {reason(error)}", file=sys.stderr)
+    if folders:
+        raise ValueError(f"{out / 'checkpoints'}: none can be read; remove it to start again")
+    return 0
+
+
+def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
+    for name, now in dataclasses.asdict(config).items():
+        free = name in ("resume", "eval_only", "device", "out", "keep")
+        if not free and now != then.get(name):
+            raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
+
+
+def reason(error: BaseException) -> str:
+    """What is behind an error of torch.distributed.checkpoint, or another: its first line."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that grows when SIGTERM or Ctrl-C comes; the second of a kind kills at once."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_row(out: Path | None, row: dict):
     """One JSON object a line, flushed at once."""
-    if out is not None:
+    if out is not None and rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
@@ -392,9 +514,10 @@ def read_rows(out: Path) -> list[dict]:
 def cut_metrics(out: Path, step: int):
     """Drops the rows past a checkpoint's step; all of them where there is no checkpoint."""
     kept = [row for row in read_rows(out) if row["step"] <= step and step > 0]
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    for row in kept:
-        write_row(out, row)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "metrics.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, out / "metrics.jsonl")
 
 
 def write_settings(out: Path, config: TrainConfig):
@@ -411,9 +534,10 @@ def write_settings(out: Path, config: TrainConfig):
 
 
 def pick_device(config: TrainConfig) -> torch.device:
-    """Sets config.device and config.dtype where they are left open. Raises ValueError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("torchrun with several processes is not supported yet; start one")
+    """Sets config.device and config.dtype where they are left open; joins torchrun's processes.
+
+    Raises ValueError.
+    """
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
@@ -421,14 +545,23 @@ def pick_device(config: TrainConfig) -> torch.device:
         raise ValueError(f"--device {config.device}: unknown; cpu, cuda, cuda:1 ...") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {config.device}: only cpu and cuda are supported")
+    several = "WORLD_SIZE" in os.environ  # torchrun says so
+    if several and device.type == "cuda":  # --device cuda is the process's own
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         n = torch.cuda.device_count()
-        raise ValueError(f"--device {config.device}: this machine shows {n} CUDA devices")
+        raise ValueError(f"--device {device}: this machine shows {n} CUDA devices")
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
+        torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    if several:  # hours, as the others wait while process 0 writes a large model
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
@@ -474,7 +607,8 @@ def load_inputs(config: TrainConfig, device):
         if not train_rows:
             raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
     limits = config.max_length, config.max_prompt_length
-    progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=None, leave=False)
+    quiet = rank() > 0 or None
+    progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=quiet, leave=False)
     sets = []
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         file = rows[0].where.rpartition(":")[0] if rows else None
@@ -543,6 +677,8 @@ def claim_folder(config: TrainConfig) -> Path | None:
         own = Path(config.model).resolve() == (BUILTIN.parent / "base").resolve()
         if out != BUILTIN_OUT or not own:
             raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
+    largest_anywhere(0)  # every process has looked
+    if holds_run and not config.resume and rank() == 0:
         shutil.rmtree(out)
     return out
 
@@ -553,25 +689,28 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optim
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
-    return torch.optim.AdamW(groups, config.lr, betas, eps=1e-8, weight_decay=decay, fused=True)
+    adamw = torch.optim.AdamW(groups, config.lr, betas, eps=1e-8, weight_decay=decay, fused=True)
+    adamw.found_inf = torch.zeros((), device=model.device)  # see training_step
+    return adamw
 
 
 def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[int, list[Pair]]:
     """Prints what the run will do; returns its number of steps and its largest micro-batch."""
     an_epoch = steps_in_epoch(pairs, config)
     total = config.max_steps or config.epochs * an_epoch
-    parts = [
-        part
-        for step in range(1, total + 1)
-        for part in data.cut(step_pairs(pairs, step, config), config.micro_batch_tokens)
-    ]
+    steps = [data.deal(step_pairs(pairs, k, config), world()) for k in range(1, total + 1)]
+    loads = [[sum(pair.n_tokens for pair in share) for share in shares] for shares in steps]
+    budget = config.micro_batch_tokens
+    parts = [part for shares in steps for share in shares for part in data.cut(share, budget)]
     tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]
-    memory = estimate_memory(model, largest, len(parts) > total, config.sft_loss)
+    memory = estimate_memory(model, largest, len(parts) > total * world(), config.sft_loss)
     print(
         f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "
         f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "
         f"the largest of {max(tokens)}\n"
+        f"         over {world()} process{'es' * (world() > 1)}, the busiest with "
+        f"{world() * sum(map(max, loads)) / sum(tokens):.2f} of an equal share\n"
         f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
         f"({config.lr_schedule}, {config.warmup_steps} warm-up), seed {config.seed}\n"
         f"memory   about {gigabytes(memory)} at the most: weights, gradients, moments, activations",
@@ -580,27 +719,27 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
     return total, largest
 
 
-def try_micro_batch(model: Transformer, pairs: list[Pair], config: TrainConfig, device):
-    """Forward and backward without an update: out of memory comes now or never."""
+def try_micro_batch(model: Transformer, optimizer, pairs: list[Pair], config: TrainConfig, device):
+    """A step without effect, after which Adam has its moments: out of memory comes now or never."""
     n = sum(pair.n_tokens for pair in pairs)
     try:
-        # What a later step holds by then: gradients, and Adam's two moments.
-        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
-        for p in model.parameters():
+        for p in model.parameters():  # a later step holds them and Adam's moments by then
             p.grad = torch.zeros_like(p)
-        for batch in micro_batches(pairs, config):
+        optimizer.found_inf.fill_(1)
+        optimizer.step()
+        for batch in micro_batches(pairs, config, dealt=False):
             forward(model, batch, config.lam, len(pairs), device).loss.backward()
     except torch.OutOfMemoryError:
         raise ValueError(
             f"the largest micro-batch, {n} tokens, does not fit {config.device}; "
             f"lower --micro-batch-tokens ({config.micro_batch_tokens}) or --max-length"
         ) from None
-    del moments
-    model.zero_grad(set_to_none=True)
+    optimizer.found_inf.fill_(0)
+    optimizer.zero_grad(set_to_none=True)
 
 
-def train(config: TrainConfig):
-    """One run, from the plan that is printed to the model that is saved."""
+def train(config: TrainConfig) -> int | None:
+    """One run, from the plan that is printed to the model that is saved; its exit status."""
     device = pick_device(config)
     out = claim_folder(config)
     model, tokenizer, (pairs, rows), (eval_pairs, eval_rows) = load_inputs(config, device)
@@ -615,59 +754,83 @@ def train(config: TrainConfig):
         return print(json.dumps(evaluation(0)))
 
     total, largest = plan(model, pairs, config)
-    try_micro_batch(model, largest, config, device)
+    optimizer = make_optimizer(model, config)
+    try_micro_batch(model, optimizer, largest, config, device)
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     answers_before = answers(model, tokenizer, shown, 64, device)
-    optimizer = make_optimizer(model, config)
     first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
-    cut_metrics(out, first - 1)
-    write_settings(out, config)
+    if rank() == 0:
+        cut_metrics(out, first - 1)
+        write_settings(out, config)
     if eval_pairs and first == 1:
         evaluation(0)
 
-    bar = tqdm(range(first, total + 1), initial=first - 1, total=total, unit="step", disable=None)
+    steps, quiet = range(first, total + 1), rank() > 0 or None  # None: where there is no terminal
+    bar = tqdm(steps, initial=first - 1, total=total, unit="step", disable=quiet)
     clock, n_tokens, flops, peak = time.perf_counter(), 0, 0, peak_flops(config, device)
-    for step in bar:
-        lr = lr_at(step, total, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        members = step_pairs(pairs, step, config)
-        outputs, grad_norm = training_step(model, optimizer, members, config, device)
-        n_tokens += sum(pair.n_tokens for pair in members)
-        flops += step_flops(model, members, config)
+    with stop_signals() as stopped:
+        for step in bar:
+            lr = lr_at(step, total, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            members = step_pairs(pairs, step, config)
+            outputs, grad_norm = training_step(model, optimizer, members, config, device)
+            n_tokens += sum(pair.n_tokens for pair in members)
+            flops += step_flops(model, members, config)
+            logs = due(step, config.log_every) or step == total
+            evaluates = bool(eval_pairs) and (due(step, config.eval_every) or step == total)
+            saves = due(step, config.save_every)
+            stop = largest_anywhere(stopped[-1] if stopped else 0)
+            if not (logs or evaluates or saves or stop):
+                continue
 
-        if step % config.log_every == 0 or step == total:
-            row = to_host(metrics_of(outputs, config.lam) | {"grad_norm": grad_norm})
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise ValueError(f"step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}")
-            row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
-            seconds = time.perf_counter() - clock
-            row |= {"tokens_per_second": n_tokens / seconds, "tflops": flops / seconds / 1e12}
-            if peak:
-                row["mfu"] = flops / seconds / peak
-            row["peak_memory_gb"] = peak_memory_gb(device)
-            write_row(out, {"step": step} | row)
-            bar.set_postfix_str(
-                "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
-                "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
-                + (f" MFU {row['mfu']:.0%}" if peak else "")
-            )
-            clock, n_tokens, flops = time.perf_counter(), 0, 0
+            row = metrics_of(outputs, config.lam, len(members)) | {"grad_norm": grad_norm}
+            row = to_host(row | {"updates": optimizer.state[model.norm.weight]["step"]})
+            if (updates := int(row.pop("updates"))) < step:
+                members, where = (step_pairs(x, updates + 1, config) for x in (pairs, rows))
+                where = not_finite(model, members, where, config, device)
+                raise ValueError(
+                    f"step {updates + 1}: not finite: {where}; nothing was updated or saved"
+                )
+            if logs:
+                row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
+                seconds = time.perf_counter() - clock
+                row |= {"tokens_per_second": n_tokens / seconds, "tflops": flops / seconds / 1e12}
+                if peak:
+                    row["mfu"] = flops / seconds / peak / world()
+                row["peak_memory_gb"] = peak_memory_gb(device)
+                write_row(out, {"step": step} | row)
+                bar.set_postfix_str(
+                    "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
+                    "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
+                    + (f" MFU {row['mfu']:.0%}" if peak else "")
+                )
+                clock, n_tokens, flops = time.perf_counter(), 0, 0
 
-        # Once in a while, with the clock stopped.
-        pause = time.perf_counter()
-        if eval_pairs and (step == total or (config.eval_every and step % config.eval_every == 0)):
-            evaluation(step)
-        if config.save_every and step % config.save_every == 0:
-            save_checkpoint(out, step, model, optimizer, config)
-        clock += time.perf_counter() - pause
+            # Once in a while, with the clock stopped.
+            pause = time.perf_counter()
+            if evaluates:
+                evaluation(step)
+            if saves or stop:
+                save_checkpoint(out, step, model, optimizer, config)
+            if stop and step < total:
+                bar.close()
+                name = signal.Signals(stop).name
+                print(f"{name}: stopped after step {step} of {total}; --resume goes on from there")
+                return 128 + stop  # as a shell counts
+            clock += time.perf_counter() - pause
 
-    save_model(model, tokenizer, rows, config, out / "model")
-    print_changes(out, total)
+    if rank() == 0:
+        save_model(model, tokenizer, rows, config, out / "model")
+        print_changes(out, total)
     answers_after = answers(model, tokenizer, shown, 64, device)
     for prompt, before, after in zip(shown, answers_before, answers_after, strict=True):
         print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")
     print(f"\nwrote {out}/metrics.jsonl and {out}/model, a Hugging Face folder")
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def gigabytes(n_bytes: int) -> str:
@@ -727,10 +890,20 @@ def print_changes(out: Path, total: int):
 
 def main(argv=None):
     try:
-        train(parse(argv))
+        status = train(parse(argv)) or 0
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        who = f"train.py, process {rank()}" if rank() else "train.py"
+        print(f"{who}: {error}", file=sys.stderr)
+        status = 2
+    if dist.is_initialized():
+        # At once, past the interpreter's own clearing up: in it FSDP2 over gloo aborts now and
+        # then, after all is done, and after an error NCCL would wait for the other processes.
+        sys.stdout.flush(), sys.stderr.flush()
+        if status == 0:
+            dist.destroy_process_group()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 # The models here are tiny: a second thread only waits, and where the cores are busy, for long.
@@ -14,6 +15,7 @@ import torch
 
 from model import ModelConfig, Transformer
 
+FACTS = Path(__file__).resolve().parents[1] / "examples" / "facts"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -74,3 +76,29 @@ def tiny_llama(tiny_tokenizer, tmp_path_factory) -> Path:
     for file in tiny_tokenizer.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A random model of 60,000 parameters with a real tokenizer, and rows of real pairs."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = ModelConfig(1536, 32, 2, 4, 48, n_kv_heads=2, max_seq_len=128, tie_embeddings=True)
+    Transformer(config).save_pretrained(folder / "model")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(FACTS / "base" / name, folder / "model" / name)
+    rows = (FACTS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
+    rows = (FACTS / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "eval.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def arguments(folder, tmp_path) -> list[str]:
+    """12 steps of 8 pairs, in two and a half epochs."""
+    paths = {"model": "model", "data": "train.jsonl", "eval-data": "eval.jsonl"}
+    flags = [x for name, file in paths.items() for x in (f"--{name}", str(folder / file))]
+    flags += ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    flags += ["--max-steps", "12", "--batch-size", "8", "--warmup-steps", "2"]
+    return [*flags, "--lr", "3e-3", "--lam", "0.5"]

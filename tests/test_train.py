@@ -22,32 +22,6 @@ METRICS = {
 CLOCKS = {"tokens_per_second", "tflops", "peak_memory_gb"}  # differ from run to run
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A random model of 60,000 parameters with a real tokenizer, and rows of real pairs."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = ModelConfig(1536, 32, 2, 4, 48, n_kv_heads=2, max_seq_len=128, tie_embeddings=True)
-    Transformer(config).save_pretrained(folder / "model")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(FACTS / "base" / name, folder / "model" / name)
-    rows = (FACTS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
-    rows = (FACTS / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "eval.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def arguments(folder, tmp_path) -> list[str]:
-    """12 steps of 8 pairs, in two and a half epochs."""
-    paths = {"model": "model", "data": "train.jsonl", "eval-data": "eval.jsonl"}
-    flags = [x for name, file in paths.items() for x in (f"--{name}", str(folder / file))]
-    flags += ["--out", str(tmp_path / "out"), "--device", "cpu"]
-    flags += ["--max-steps", "12", "--batch-size", "8", "--warmup-steps", "2"]
-    return [*flags, "--lr", "3e-3", "--lam", "0.5"]
-
-
 def run(arguments: list[str], *more: str) -> list[dict]:
     """Runs train.py in this process; the rows it wrote."""
     arguments = [*arguments, *more]
@@ -189,14 +163,6 @@ def test_resuming_with_other_settings_is_refused_by_name(arguments, capsys):
     run(arguments, "--save-every", "6")
     message = fails(capsys, [*arguments, "--save-every", "6", "--resume", "--lam", "0.1"])
     assert "lam" in message and "0.5" in message and "0.1" in message
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(arguments, tmp_path, capsys):
-    whole = run(arguments, "--save-every", "5")
-    state = tmp_path / "out" / "checkpoints" / "step-00000010" / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    assert steps(run(arguments, "--save-every", "5", "--resume")) == steps(whole)
-    assert "step-00000010" in capsys.readouterr().err
 
 
 def test_a_moved_run_can_be_resumed(arguments, tmp_path):
@@ -377,14 +343,14 @@ def test_no_flag_means_the_built_in_job():
     assert train.parse(["--seed", "7"]).seed == 7
 
 
-def fails(capsys, arguments) -> str:
+def fails(capsys, arguments, most: int = 3) -> str:
     """The complaint of a run that must end with status 2 and a short message."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments)
     message = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert message.startswith("train.py: ") and len(message.splitlines()) <= 3, message
+    assert "train.py: " in message and len(message.splitlines()) <= most, message
     return message
 
 
@@ -455,10 +421,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(arguments, folder, tmp
     shutil.copyfile(folder / "model" / "tokenizer.model", tmp_path / "small" / "tokenizer.model")
     message = fails(capsys, [*arguments, "--model", str(tmp_path / "small")])
     assert "1535" in message and "100" in message
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(arguments, capsys):
-    assert "step" in fails(capsys, [*arguments, "--lr", "1e30", "--grad-clip", "0"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
