@@ -22,6 +22,10 @@ test-peers: .venv-peers/peers ## our numbers beside TRL's and transformers'
 gradcheck: .venv/dev ## the gradient, level by level, as a table
 	$(BIN)/python tests/gradcheck.py
 
+bench: .venv-peers/peers ## time and memory of a step beside TRL's, and what each idea is worth
+	$(PEERS)/python bench/peers.py
+	$(PEERS)/python bench/ideas.py --ratios 1:4 4:1 --rounds 2
+
 lint: .venv/dev  ## ruff, formatting included
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -48,6 +52,7 @@ clean:           ## remove environments, caches and runs
 .venv-peers/peers: requirements-peers.txt requirements-dev.txt requirements.txt
 	test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
 	$(PEERS)/python -m pip install -q -r requirements-peers.txt
+	$(PEERS)/python -m pip install -q --no-deps liger-kernel
 	touch $@
 
-.PHONY: help train test test-slow test-peers gradcheck lint task plot clean
+.PHONY: help train test test-slow test-peers gradcheck bench lint task plot clean

@@ -60,25 +60,32 @@ def load_preferences(path) -> list[Preference]:
     begins with FILE:LINE.
     """
     path = Path(path)
+    expected = "UTF-8 text, a JSON object a line, is expected (examples/prepare.py makes it)"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a JSON object a line is expected")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        problem = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {problem}; {expected}")
+    rows, content = [], path.read_bytes()
+    if content.startswith((b"PAR1", b"\x1f\x8b")):
+        raise ValueError(f"{path}: is a parquet or gzip file; {expected}")
+    for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))
                 json.dumps(row, ensure_ascii=False).encode("utf-8")  # not so half a surrogate pair
                 rows.append(_preference(row, f"{path}:{number}"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+            except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: {error}; {expected}") from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error!s:.300}") from None
     if not rows:
-        raise ValueError(f"{path}: the file has no rows; a JSON object a line is expected")
+        raise ValueError(f"{path}: the file has no rows; {expected}")
     return rows
 
 
 def _preference(row, where: str) -> Preference:
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
+        hint = " (examples/prepare.py reads such a file)" if isinstance(row, list) else ""
+        raise ValueError(f"a JSON object is expected, not {type(row).__name__}{hint}")
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f"key {key!r} is missing; the row has {sorted(row)}")
@@ -361,8 +368,11 @@ def load_tokenizer(path) -> "Tokenizer":
         except UnsupportedTokenizer:
             if file == files[-1]:
                 raise
-        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: broken tokenizer: {type(error).__name__}: {error}") from None
+        except OSError:
+            raise
+        except Exception as error:  # files are foreign: they can be broken in any way
+            problem = f"{type(error).__name__}: {error!s:.300}"
+            raise ValueError(f"{path}: broken tokenizer: {problem}") from None
 
 
 class Tokenizer:
@@ -396,6 +406,9 @@ class Tokenizer:
         self.added |= {text: ids[text] for text in self.special_tokens.values()}
         self.bos_id = ids.get(self.special_tokens.get("bos_token"))
         self.eos_id = ids.get(self.special_tokens.get("eos_token"))
+        for text, i in ids.items():
+            if type(i) is not int or not 0 <= i < 2**31:
+                raise ValueError(f"token {text!r:.80} has the id {i!r:.80}")
         self.vocab_size = 1 + max(ids.values())
         jinja = file.parent / "chat_template.jinja"
         template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")

@@ -76,8 +76,8 @@ class ModelConfig:
         self.windows = self.windows or [None] * self.n_layers
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads do not share {self.n_kv_heads} key/value heads")
-        if self.rotary_dim % 2:
-            raise ValueError(f"rotary turns pairs of dimensions, not {self.rotary_dim}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary turns pairs of {self.head_dim}, not {self.rotary_dim}")
 
     @property
     def rotary_dim(self) -> int:
@@ -86,50 +86,53 @@ class ModelConfig:
     @classmethod
     def from_json(cls, path) -> "ModelConfig":
         """Reads a Hugging Face config.json, old keys or new. Raises ValueError with the path."""
-        path = Path(path)
-        source = read_json(path)
-        family = FAMILIES.get(source.get("model_type"))
+        source = read_json(Path(path))
+        try:
+            return cls._from_keys(source)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error!s:.300}") from None
+
+    @classmethod
+    def _from_keys(cls, source: dict) -> "ModelConfig":
+        family = FAMILIES.get(str(source.get("model_type")))
         if family is None:
             found, known = source.get("model_type"), ", ".join(FAMILIES)
-            raise ValueError(f"{path}: model_type {found!r} is not supported, only {known}")
+            raise ValueError(f"model_type {found!r:.80} is not supported, only {known}")
+        if quantised := source.get("quantization_config"):
+            raise ValueError(f"quantised weights are not supported: {quantised!r:.80}")
         keys = LLAMA_KEYS | family.keys
         # transformers 5 renamed some keys; the old ones win, as most checkpoints have them
         rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise ValueError(f"{path}: rope_scaling {rope!r} is not an object")
+            raise ValueError(f"rope_scaling {rope!r:.80} is not an object")
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         c = {"torch_dtype": source.get("dtype"), "rope_type": rope_type, **rope}
         c |= {key: value for key, value in source.items() if value is not None}
         for key, supported in family.only.items():
             if key in c and c[key] not in supported:
-                raise ValueError(f"{path}: {key} {c[key]!r} is not supported, only {supported}")
+                raise ValueError(f"{key} {c[key]!r} is not supported, only {supported}")
         activation = c.get(keys["activation"], family.fields.get("activation", "silu"))
-        if activation not in ACTIVATIONS:
+        if str(activation) not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"{path}: activation {activation!r} is not supported, only {known}")
+            raise ValueError(f"activation {activation!r} is not supported, only {known}")
         if c.get("word_embed_proj_dim", c.get("hidden_size")) != c.get("hidden_size"):
-            raise ValueError(f"{path}: OPT-350M projects its embeddings and is not supported")
+            raise ValueError("OPT-350M projects its embeddings and is not supported")
         ours = {name: c[key] for name, key in keys.items() if c.get(key) is not None}
         if source["model_type"] == "gpt2" and "n_embd" in c:
             ours.setdefault("hidden_dim", 4 * c["n_embd"])
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"):
             if name not in ours:
-                raise ValueError(f"{path}: key {keys[name]!r} is missing")
+                raise ValueError(f"key {keys[name]!r} is missing")
         for f in fields(cls):
-            value, kinds = ours.get(f.name), (int, float) if f.type is float else f.type
-            if value is not None and not (
-                isinstance(value, kinds) and (f.type is not int or value > 0)
-            ):
-                raise ValueError(f"{path}: {keys[f.name]} cannot be {value!r}")
-        for key in ROPE_NUMBERS.get(rope_type, ()):
-            if not isinstance(rope.get(key), int | float):
-                raise ValueError(f"{path}: rope_scaling of type {rope_type} needs a number {key!r}")
+            most = 1000 if f.name == "n_layers" else 1e30 if f.type is float else 2**31
+            if f.name in ours and not _fits(ours[f.name], f.type, most):
+                raise ValueError(f"{keys[f.name]} cannot be {ours[f.name]!r:.80}")
+        for key in ROPE_NUMBERS.get(str(rope_type), ()):
+            if not _fits(rope.get(key), float):
+                raise ValueError(f"rope_scaling of type {rope_type} needs a number {key!r} above 0")
         ours["windows"] = _windows(c, ours["n_layers"]) if family.windows else []
         ours["rope_scaling"] = rope | {"rope_type": rope_type} if rope_type != "default" else {}
-        try:
-            return cls(**family.fields | ours, family=source["model_type"], source=source)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        return cls(**family.fields | ours, family=source["model_type"], source=source)
 
     def to_json(self) -> dict:
         """The config.json to save: what was read, and what we know under the family's keys."""
@@ -141,14 +144,27 @@ class ModelConfig:
         return kept | known | {"architectures": [family.architecture], "model_type": self.family}
 
 
+def _fits(value, kind, most=2**31) -> bool:
+    """Is of this type; a number is between 0 and most, which NaN is not."""
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    right = isinstance(value, (int, float) if kind is float else int)
+    return right and not isinstance(value, bool) and 0 < value < most
+
+
 def _windows(c: dict, n_layers: int) -> list:
     """How far back each layer sees: Mistral everywhere, Qwen only in the layers switched on."""
     size = c.get("sliding_window")
     if not size or (c["model_type"] != "mistral" and not c.get("use_sliding_window")):
         return []
+    if not _fits(size, int):
+        raise ValueError(f"sliding_window cannot be {size!r:.80}")
     first = c.get("max_window_layers", 28) if c["model_type"] != "mistral" else 0
     types = ["sliding_attention" if i >= first else "full" for i in range(n_layers)]
-    return [size if t == "sliding_attention" else None for t in c.get("layer_types", types)]
+    types = c.get("layer_types", types)
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise ValueError(f"layer_types must list {n_layers} layers, not {types!r:.80}")
+    return [size if t == "sliding_attention" else None for t in types]
 
 
 class Family(NamedTuple):
@@ -386,26 +402,39 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
 
 def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window) -> Tensor:
     """The same where there is no Flash kernel: a few calls, each for some neighbouring segments."""
-    tiles = _tiles(tuple(zip(segments.q_lens, segments.k_lens, strict=True)), window, q.device)
+    # On a CPU in bfloat16 the parts, written out, take half the time of the whole; and as every new
+    # shape costs a new kernel there, lengths are filled up.
+    in_parts = q.dtype == torch.bfloat16 and 1 < max(segments.k_lens, default=0) <= 2048
+    lens = tuple(zip(segments.q_lens, segments.k_lens, strict=True))
+    tiles = _tiles(lens, window, q.device, q.dtype, 64 if in_parts else 1)
     # split and not slices: the backward pass of a slice writes a whole tensor of zeros
     q_tiles = q.split([t.n * t.q_len for t in tiles])
     k_tiles, v_tiles = (x.split([t.n * t.k_len for t in tiles]) for x in (k, v))
     outs = []
     for t, *qkv in zip(tiles, q_tiles, k_tiles, v_tiles, strict=True):
         qs, ks, vs = (x.unflatten(0, (t.n, -1)).transpose(1, 2) for x in qkv)  # (n, heads, len, d)
-        if q.dtype == torch.bfloat16 and 1 < t.k_len <= 2048:
-            # On a CPU in bfloat16 the parts, written out, take half the time of the whole.
-            qs = qs.unflatten(1, (ks.shape[1], -1)) * qs.shape[-1] ** -0.5  # (n, K, H/K, q_len, d)
-            scores = qs @ ks[:, :, None].transpose(-1, -2)
-            weights = scores.masked_fill_(~t.mask, -torch.inf).softmax(-1)
-            out = (weights @ vs[:, :, None]).flatten(1, 2)
+        if in_parts:
+            out = _attention_in_parts(qs, ks, vs, t.bias)[:, :, : t.q_len]
         else:
-            mask = None if t.causal else t.mask
+            bias = None if t.causal else t.bias
             out = F.scaled_dot_product_attention(
-                qs, ks, vs, attn_mask=mask, is_causal=t.causal, enable_gqa=True
+                qs, ks, vs, attn_mask=bias, is_causal=t.causal, enable_gqa=True
             )
         outs.append(out.transpose(1, 2).flatten(0, 1))  # (n * q_len, H, d)
     return torch.cat(outs) if outs else q
+
+
+def _attention_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Product, softmax, product. q (n, H, q_len, d), k and v (n, K, k_len, d), as long as the bias
+    (rows, keys) or shorter -> (n, H, rows, d)."""
+    (n, n_heads, _, d), (rows, keys) = q.shape, bias.shape
+    q, k, v = (
+        F.pad(x, (0, 0, 0, length - x.shape[2])).reshape(n * k.shape[1], -1, d)  # a head of k each
+        for x, length in ((q, rows), (k, keys), (v, keys))
+    )
+    bias = bias.repeat(q.shape[1] // rows, 1)  # the query heads of a key head, one below another
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)
+    return (scores.softmax(-1) @ v).view(n, n_heads, rows, d)
 
 
 class Tile(NamedTuple):
@@ -414,14 +443,16 @@ class Tile(NamedTuple):
     n: int
     q_len: int
     k_len: int
-    mask: Tensor  # (q_len, k_len) bool, true where a query sees a key
-    causal: bool  # the mask is the plain triangle, which has faster kernels
+    bias: Tensor  # (q_len, k_len) or filled up: 0 where a query sees a key, -inf where not
+    causal: bool  # the bias is the plain triangle, which has faster kernels
 
 
 @functools.lru_cache(maxsize=8)  # asked for in every layer
-def _tiles(lens: tuple[tuple[int, int], ...], window, device, joined: int = 128) -> list[Tile]:
+def _tiles(
+    lens: tuple[tuple[int, int], ...], window, device, dtype, multiple: int, joined: int = 128
+) -> list[Tile]:
     """Sequences of equal lengths together; of other segments, neighbours up to `joined` queries:
-    a call costs more than the products of the segments with each other, which the mask drops."""
+    a call costs more than the products of the segments with each other, which the bias drops."""
     if len(set(lens)) == 1:
         groups, n = [lens[:1]], len(lens)
     else:
@@ -436,10 +467,15 @@ def _tiles(lens: tuple[tuple[int, int], ...], window, device, joined: int = 128)
         position_q = np.concatenate([np.arange(k - q, k) for q, k in group])  # aligned at the end
         position_k = np.concatenate([np.arange(k) for _, k in group])
         back = position_q[:, None] - position_k  # how far a key lies behind a query
-        mask = (segment_q[:, None] == segment_k) & (back >= 0) & (back < (window or np.inf))
+        sees = (segment_q[:, None] == segment_k) & (back >= 0) & (back < (window or np.inf))
         causal = len(group) == 1 and group[0][0] == group[0][1] and window is None
-        mask = torch.from_numpy(mask).to(device)
-        tiles.append(Tile(n, *mask.shape, mask, causal))
+        rows, keys = (-length % multiple for length in sees.shape)
+        filled = np.pad(sees, ((0, rows), (0, keys)))
+        filled[len(sees) :] = True  # a query that sees nothing would be NaN
+        bias = torch.zeros(filled.shape, dtype=dtype).masked_fill_(
+            torch.from_numpy(~filled), -torch.inf
+        )
+        tiles.append(Tile(n, *sees.shape, bias.to(device), causal))
     return tiles
 
 
@@ -697,8 +733,11 @@ class Transformer(nn.Module):
         folder = Path(folder)
         config = ModelConfig.from_json(folder / "config.json")
         family = FAMILIES[config.family]
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except RuntimeError as error:  # beyond 2^63 bytes
+            raise ValueError(f"{folder / 'config.json'}: {error!s:.300}") from None
         expected = model._checkpoint_names()
         if shard is not None:
             shard(model)
@@ -713,7 +752,7 @@ class Transformer(nn.Module):
             ours = expected.pop(name)
             if family.conv1d and name.startswith("h.") and tensor.dim() == 2:
                 tensor = tensor.t()
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or tensor.dtype not in DTYPE_NAMES:
                 raise ValueError(f"{file}: tensor {name!r} is stored as {tensor.dtype}")
             if ours[0][0] == "embed_tokens.weight":  # config.json may not say, or say "auto"
                 config.dtype = str(tensor.dtype).removeprefix("torch.")
@@ -734,9 +773,8 @@ class Transformer(nn.Module):
                 module, _, leaf = ours_name.rpartition(".")
                 setattr(model.get_submodule(module), leaf, nn.Parameter(part))
         if expected:
-            raise ValueError(
-                f"{folder}: {len(expected)} tensors are missing: {', '.join(expected)}"
-            )
+            some = ", ".join([*expected][:5]) + ", ..." * (len(expected) > 5)
+            raise ValueError(f"{folder}: {len(expected)} tensors are missing: {some}")
         return model.eval()
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_bytes=5 * 10**9):
@@ -817,6 +855,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent}: is a file; the folder of a Hugging Face model is wanted")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a Hugging Face model folder has one")
     try:
@@ -838,7 +878,7 @@ def checkpoint_tensors(folder: Path):
         elif index.is_file():
             where = read_json(index).get("weight_map")
             names = set(where.values()) if isinstance(where, dict) else {None}
-            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            if not all(isinstance(x, str) and x and Path(x).name == x for x in names):
                 raise ValueError(f"{index}: weight_map must map tensor names to files beside it")
             files = [folder / name for name in sorted(names)]
         else:
@@ -846,7 +886,8 @@ def checkpoint_tensors(folder: Path):
         for file in files:
             yield from ((file, name, tensor) for name, tensor in read(file))
         return
-    raise FileNotFoundError(f"{folder}: no model.safetensors or pytorch_model.bin, nor their index")
+    known = "no model.safetensors or pytorch_model.bin, nor their index"
+    raise FileNotFoundError(f"{folder}: {known} (GGUF and other formats are not read)")
 
 
 def pickled_of(file: Path):
@@ -857,12 +898,19 @@ def pickled_of(file: Path):
         mapped = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not a readable checkpoint of tensors: {reason}") from None
+        _refuse_pointer(file)
+        problem = f"{type(error).__name__}: not a checkpoint of tensors and nothing but tensors"
+        raise ValueError(f"{file}: {problem}") from None
     items = state.items() if isinstance(state, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in items):
         raise ValueError(f"{file}: not a dict of names and tensors")
     yield from items
+
+
+def _refuse_pointer(path: Path):
+    with open(path, "rb") as f:
+        if f.read(12) == b"version http":
+            raise ValueError(f"{path}: a Git LFS pointer, not the file itself: git lfs pull")
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
@@ -878,11 +926,13 @@ def safetensors_of(path: Path):
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
         if size < 8 or n > min(size - 8, 100_000_000):
+            _refuse_pointer(path)
             raise ValueError(f"{path}: not a safetensors file, or cut short: header of {n} bytes")
         try:
             entries = _safetensors_header(f.read(n), size - 8 - n)
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: broken safetensors file: {error}") from None
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            problem = "lacks the key " * isinstance(error, KeyError) + str(error)
+            raise ValueError(f"{path}: broken safetensors file: {problem:.300}") from None
         # ACCESS_COPY: torch wants writable memory; a write would stay in this process
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, dtype, shape, begin, n_bytes in entries:
@@ -903,6 +953,8 @@ def _safetensors_header(header: bytes, n_data: int) -> list[tuple]:
     entries.pop("__metadata__", None)
     tensors, end = [], 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"dtype {entry['dtype']!r} is not supported, only {', '.join(DTYPES)}")
         dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         sizes = shape if isinstance(shape, list) else [-1]
         if not all(type(x) is int and x >= 0 for x in (*sizes, begin, stop)):

@@ -107,7 +107,7 @@ class TrainConfig:
     activation_checkpointing: bool = flag("memory", False, "blocks computed twice, not kept")
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
-    seed: int = flag("run", 42, "of order and sampling", least=0)
+    seed: int = flag("run", 42, "of order and sampling", least=0, below=2**63)
     device: str = flag("run", None, "cpu, cuda, cuda:1 (default: cuda if there is one)")
     dtype: str = flag("run", None, "default: bfloat16 on cuda", ("float32", "bfloat16"))
     compile: bool = flag("run", False, "torch.compile the blocks: minutes at first, then faster")
@@ -188,7 +188,7 @@ def read_config(file: Path) -> dict:
         raise FileNotFoundError(f"{file}: no such file; --config takes a JSON file of flags")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     unknown = set(settings) - set(names) if isinstance(settings, dict) else {"(not an object)"}
@@ -561,12 +561,12 @@ def write_row(out: Path | None, row: dict):
 def read_rows(out: Path) -> list[dict]:
     """The rows of metrics.jsonl, less a last one that was half written."""
     file, rows = out / "metrics.jsonl", []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def cut_metrics(out: Path, step: int):
@@ -653,7 +653,10 @@ def load_inputs(config: TrainConfig, device):
         block.compile(dynamic=True)
     tokenizer = data.load_tokenizer(config.model)
     if config.chat_template:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{config.chat_template}: {error}") from None
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
@@ -730,13 +733,21 @@ def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_lo
     return 12 * n_parameters + (gradients + working if several else max(gradients, working))
 
 
-def claim_folder(config: TrainConfig) -> Path | None:
-    """--out as a path, checked: no file, and no other run's folder. Raises ValueError."""
+def claim_folder(config: TrainConfig, replace=False) -> Path | None:
+    """--out as a path, checked: no file, and no other run's folder. Raises ValueError.
+
+    replace: the built-in job's own older run goes, once nothing else is in the way of a new one.
+    """
     if config.out is None:
         return None
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; a folder is needed")
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out}: cannot be made, as {above} is not a folder to write to")
+    if (out / "model").resolve() == Path(config.model).resolve() and not config.eval_only:
+        raise ValueError(f"--out {out}: its model/ would replace --model; name another folder")
     holds_run = any("loss" in row for row in read_rows(out))
     if config.eval_only and holds_run:
         return None  # printed only: that run's rows stay as they are
@@ -744,9 +755,8 @@ def claim_folder(config: TrainConfig) -> Path | None:
         own = Path(config.model).resolve() == (BUILTIN.parent / "base").resolve()
         if out != BUILTIN_OUT or not own:
             raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
-    largest_anywhere(0)  # every process has looked
-    if holds_run and not config.resume and rank() == 0:
-        shutil.rmtree(out)
+        if replace:
+            shutil.rmtree(out)
     return out
 
 
@@ -825,6 +835,9 @@ def train(config: TrainConfig) -> int | None:
     try_micro_batch(model, optimizer, largest, config, device)
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     answers_before = answers(model, tokenizer, shown, 64, device)
+    largest_anywhere(0)  # every process has looked into --out
+    if rank() == 0:
+        claim_folder(config, replace=True)
     first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
     if rank() == 0:
         cut_metrics(out, first - 1)

@@ -2,7 +2,8 @@
 
 The comparison: one micro-batch through one random model, loss and every gradient, on each device
 and in each dtype, against float64 on the CPU. Without CUDA only the CPU's rows are shown.
-The speed table: whole training steps on random weights of real shapes, UltraFeedback-like lengths.
+The speed table: whole training steps on random weights of real shapes, UltraFeedback-like lengths,
+plain, compiled, with activation checkpointing; MFU, and peak memory beside train.py's estimate.
 """
 
 import argparse
@@ -20,14 +21,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import model as model_module
 from model import ModelConfig, Transformer
-from train import forward
+from train import (
+    TrainConfig,
+    estimate_memory,
+    forward,
+    make_optimizer,
+    peak_flops,
+    step_flops,
+    training_step,
+)
 
 SMALL = ModelConfig(
     vocab_size=1000, dim=256, n_layers=3, n_heads=8, n_kv_heads=2, hidden_dim=512, head_dim=64
 )
-SHAPES = {
-    "0.1B": ModelConfig(32000, 768, 12, 12, 2048, max_seq_len=4096),
-    "1.1B": ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4, max_seq_len=4096),
+SHAPES = {  # name: (config, pairs a step, micro-batch tokens)
+    "0.1B": (ModelConfig(32000, 768, 12, 12, 2048, max_seq_len=4096), 32, 16384),
+    "1.1B": (ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4, max_seq_len=4096), 32, 16384),
+    "6.7B": (ModelConfig(32000, 4096, 32, 32, 11008, max_seq_len=4096), 16, 8192),
+}
+VARIANTS_OF_A_STEP = {  # name: settings of TrainConfig, and the shapes that have the memory
+    "plain": ({}, ("0.1B", "1.1B")),
+    "compiled": ({"compile": True}, ("0.1B", "1.1B")),
+    "checkpointed": ({"activation_checkpointing": True}, ("1.1B", "6.7B")),
+    "both": ({"activation_checkpointing": True, "compile": True}, ("6.7B",)),
 }
 
 
@@ -86,56 +102,67 @@ def compare() -> bool:
     return ok
 
 
-def needed_flops(config: ModelConfig, pairs: list[data.Pair]) -> float:
-    """Operations that a training step needs: 2 a weight a token forward, twice that backward;
-    attention 4 H d a (query, key) forward, over the causal part; lm_head at predictions only."""
-    c, total = config, 0
-    heads = (c.n_heads + c.n_kv_heads) * 2 * c.head_dim  # q and o, k and v
-    block = c.dim * heads + 3 * c.dim * c.hidden_dim
-    for p, m, r in (pair.lengths for pair in pairs):
-        seen = (p + m) * (p + m + 1) / 2 + r * (r + 1) / 2 + p * r
-        total += c.n_layers * (6 * (p + m + r) * block + 12 * seen * c.n_heads * c.head_dim)
-        total += 6 * (m + r) * c.vocab_size * c.dim
-    return total
-
-
-def speed(device: torch.device, steps: int):
-    print(
-        f"\n{'shape':<6} {'pairs':>6} {'ms a step':>10} {'tokens/s':>10} {'TFLOP/s':>8} {'GB':>6}"
-    )
-    for name, config in SHAPES.items():
+def speed(device: torch.device, steps: int, shapes: list[str]):
+    """Whole steps by train.training_step; MFU is of the needed operations (training_flops)."""
+    columns = f"{'shape':<6} {'variant':<13} {'pairs':>6} {'ms a step':>10} {'pairs/s':>8}"
+    print(f"\n{columns} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>5} {'GB':>6} {'estimate':>9}")
+    for name in shapes:
+        model_config, n_pairs, budget = SHAPES[name]
         torch.manual_seed(0)
         with device:
-            model = Transformer(config)
+            model = Transformer(model_config)
         model.compute_dtype = torch.bfloat16
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        pairs = random_pairs(16, (193, 289, 260), config.vocab_size, seed=2)
-        seconds = []
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(steps):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for batch in data.micro_batches(pairs, 8192, "response"):
-                forward(model, batch, 0.1, len(pairs), device).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds[2:])
-        n = sum(pair.n_tokens for pair in pairs)
-        rate = needed_flops(config, pairs) / median / 1e12
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        print(
-            f"{name:<6} {len(pairs):>6} {1000 * median:>10.1f} {n / median:>10.0f} "
-            f"{rate:>8.1f} {memory:>6.1f}"
-        )
-        del model, optimizer
+        pairs = random_pairs(n_pairs, (193, 289, 260), model_config.vocab_size, seed=2)
+        for variant, (settings, fits) in VARIANTS_OF_A_STEP.items():
+            if name not in fits:
+                continue
+            config = TrainConfig(dtype="bfloat16", lr=1e-5, micro_batch_tokens=budget, **settings)
+            model.activation_checkpointing = config.activation_checkpointing
+            for block in model.layers:
+                block._compiled_call_impl = None
+                if config.compile:
+                    block.compile(dynamic=True)
+            optimizer = make_optimizer(model, config)
+            seconds = []
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                for i in range(steps):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    torch._dynamo.config.error_on_recompile = i > 2
+                    training_step(model, optimizer, pairs, config, device)
+                    torch.cuda.synchronize()
+                    seconds.append(time.perf_counter() - start)
+            except torch.OutOfMemoryError:
+                print(f"{name:<6} {variant:<13} out of memory")
+                continue
+            finally:
+                torch._dynamo.config.error_on_recompile = False
+                del optimizer
+                model.zero_grad(set_to_none=True)
+            median = statistics.median(seconds[min(3, steps - 1) :])
+            rate = step_flops(model, pairs, config) / median
+            peak = peak_flops(config, device)
+            parts = data.cut(pairs, budget)
+            largest = max(parts, key=lambda part: sum(pair.n_tokens for pair in part))
+            estimate = estimate_memory(model, largest, len(parts) > 1, config.sft_loss)
+            mfu = f"{rate / peak:.0%}" if peak else "?"
+            tokens = sum(pair.n_tokens for pair in pairs)
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            print(
+                f"{name:<6} {variant:<13} {n_pairs:>6} {1000 * median:>10.1f} "
+                f"{n_pairs / median:>8.1f} {tokens / median:>9.0f} {rate / 1e12:>8.1f} {mfu:>5} "
+                f"{memory:>6.1f} {estimate / 2**30:>9.1f}",
+                flush=True,
+            )
+        del model
+        torch.cuda.empty_cache()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     print(
@@ -143,7 +170,7 @@ def main():
     )
     ok = compare()
     if cuda:
-        speed(torch.device("cuda"), args.steps)
+        speed(torch.device("cuda"), args.steps, args.shapes)
     sys.exit(0 if ok else 1)
 
 

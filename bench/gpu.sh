@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves the CUDA path on a machine that has one, in a few minutes and with what is installed there:
 #     bash bench/gpu.sh [python]
-# CUDA tests, losses and gradients on the CPU and on CUDA in float32 and bfloat16, a speed table,
+# CUDA tests, losses and gradients on the CPU and on CUDA in float32 and bfloat16, a speed table to 6.7B,
 # and the built-in job on the GPU. Keep what it prints in bench/results/ with date and hardware.
 set -u
 cd "$(dirname "$0")/.."

@@ -1,7 +1,8 @@
-"""What loading costs: memory of a 1.1-billion-parameter checkpoint, and speed of the tokenizers.
+"""What loading costs: memory of a 1.1-billion-parameter checkpoint, speed of tokenizers, packing.
 
     python bench/loading.py memory FOLDER            writes 2 GB of random weights there, loads them
     python bench/loading.py tokens TEXT DIR [DIR ...]    characters a second, beside the libraries'
+    python bench/loading.py packing                  how long a step waits for its tensors
 
 TEXT is any text file. Each figure of memory is from a process of its own (its peak resident size).
 """
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from model import ModelConfig, Transformer
+from bench.gpu import random_pairs
+from model import ModelConfig, Segments, Transformer
+from train import TrainConfig, micro_batches, step_flops
 
 SHAPE = ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4)
 
@@ -75,14 +79,36 @@ def tokens(text: str, folder: Path):
         )
 
 
+def packing():
+    """A step of 32 pairs of UltraFeedback's lengths as tensors; all that a step waits for."""
+    config = TrainConfig(dtype="bfloat16")
+    pairs = random_pairs(32, (193, 289, 260), 32000, seed=2)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for batch in micro_batches(pairs, config):
+            Segments.packed(batch.lengths)
+        seconds.append(time.perf_counter() - start)
+    n = sum(pair.n_tokens for pair in pairs)
+    with torch.device("meta"):
+        flops = step_flops(Transformer(SHAPE), pairs, config)
+    milliseconds = 1000 * statistics.median(seconds)
+    print(f"{milliseconds:.1f} ms for {len(pairs)} pairs of {n} tokens; the step itself, with")
+    print(f"1.1 billion parameters: {flops / 1e12:.0f} TFLOP, {flops / 4e11:.0f} ms at 400 TFLOP/s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("memory", "tokens"))
-    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("what", choices=("memory", "tokens", "packing"))
+    parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if args.what == "memory":
+    if args.what == "packing":
+        packing()
+    elif not args.paths:
+        parser.error(f"{args.what} needs its paths, see above")
+    elif args.what == "memory":
         memory(args.paths[0], args.dtype)
     else:
         text = args.paths[0].read_text(encoding="utf-8", errors="replace")

@@ -22,22 +22,55 @@ def test_gradients_equal_float64_on_the_cpu(name, arguments, bound):
 
 
 @needs_cuda
-def test_a_micro_batch_does_not_make_the_host_wait():
-    """Forward and backward queue work and never synchronise (moving inputs is pinned)."""
-    import data
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_does_not_make_the_host_wait(checkpointing):
+    """A whole update, of several micro-batches, queues its work and never synchronises."""
     from bench.gpu import SMALL, random_pairs
-    from train import forward
+    from train import TrainConfig, make_optimizer, training_step
 
-    device = torch.device("cuda")
+    device, config = torch.device("cuda"), TrainConfig(dtype="bfloat16", micro_batch_tokens=64)
     model = Transformer(SMALL).to(device)
-    model.compute_dtype = torch.bfloat16
-    (batch,) = data.micro_batches(random_pairs(4, (9, 9, 9), 100, seed=3), 10**9, "response")
-    forward(model, batch, 0.1, 4, device).loss.backward()  # the first call sets kernels up
+    model.compute_dtype, model.activation_checkpointing = torch.bfloat16, checkpointing
+    optimizer = make_optimizer(model, config)
+    pairs = random_pairs(6, (9, 9, 9), 100, seed=3)
+    training_step(model, optimizer, pairs, config, device)  # the first call sets kernels up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward(model, batch, 0.1, 4, device).loss.backward()
+        training_step(model, optimizer, pairs, config, device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_compiled_blocks_compute_the_same_and_are_compiled_once():
+    from bench.gpu import SMALL, random_pairs
+    from train import TrainConfig, forward, micro_batches
+
+    device, config = torch.device("cuda"), TrainConfig(dtype="bfloat16")
+    torch.manual_seed(0)
+    model = Transformer(SMALL).to(device)
+    model.compute_dtype = torch.bfloat16
+
+    def gradients_of(seed):
+        model.zero_grad()
+        pairs = random_pairs(6, (20, 30, 25), SMALL.vocab_size, seed)
+        with model.cast_weights():
+            for batch in micro_batches(pairs, config):
+                forward(model, batch, 0.5, len(pairs), device).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = [gradients_of(seed) for seed in range(5)]
+    for block in model.layers:
+        block.compile(dynamic=True)
+    gradients_of(0), gradients_of(1)
+    try:
+        torch._dynamo.config.error_on_recompile = True
+        for seed in (2, 3, 4):
+            wanted = expected[seed]
+            assert (gradients_of(seed) - wanted).norm() / wanted.norm() < 3e-2
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+        torch._dynamo.reset()
 
 
 @needs_cuda

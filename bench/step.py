@@ -1,0 +1,213 @@
+"""Whole optimizer steps of train.py on random weights and random pairs: time, share of the
+machine's own matrix-product rate, memory.
+
+    python bench/step.py [--set short|long] [--dtype float32|bfloat16] [--steps N] [--threads N]
+
+A step is what train.py does between two rows of metrics: packing, forward, backward, clipping at
+1.0, AdamW, `--sft-loss full`, lam 0.1, float32 master weights. The model is a Llama of 6 layers,
+width 384 and a vocabulary of 32,000, tied. No two steps have the same pairs, as in training.
+
+bench/peers.py starts this file with --serve and steps it in turn with other people's code.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import train
+from model import ModelConfig, Transformer
+
+SHAPE = ModelConfig(32000, 384, 6, 6, 1024, tie_embeddings=True, max_seq_len=16384)
+LAM, LR = 0.1, 1e-4
+PAIRS_A_STEP = {"short": 8, "long": 2}
+
+
+def make_pairs(name: str, n_steps: int, vocab_size: int = SHAPE.vocab_size, seed: int = 0):
+    """n_steps steps of `name` pairs, as one list, the same every time.
+
+    short: lengths distributed as the politeness pairs' under Llama 2's tokenizer: log-normal, the
+    two responses correlated; means 15, 18 and 18 tokens. long: prompts about 200, responses 350.
+    """
+    rng = np.random.default_rng(seed)
+    prompt, ours, theirs, both = rng.standard_normal((n_steps * PAIRS_A_STEP[name], 4)).T
+    chosen, rejected = (math.sqrt(0.62) * both + math.sqrt(0.38) * x for x in (ours, theirs))
+    if name == "short":
+        lengths = np.exp([2.656 + 0.329 * prompt, 2.759 + 0.5 * chosen, 2.752 + 0.5 * rejected])
+    else:
+        lengths = np.array([200 + 40 * prompt, 350 + 70 * chosen, 350 + 70 * rejected])
+    lengths = lengths.round().astype(int).clip(2).T
+    return [data.Pair(*(rng.integers(3, vocab_size, n).tolist() for n in row)) for row in lengths]
+
+
+def n_predicted(pairs: list[data.Pair]) -> int:
+    """Predictions that carry weight under --sft-loss full."""
+    return sum(p - 1 + c + r for p, c, r in (pair.lengths for pair in pairs))
+
+
+def needed_flops(model: Transformer, pairs: list[data.Pair]) -> int:
+    return model.training_flops([pair.lengths for pair in pairs], n_predicted(pairs))
+
+
+def start(folder, dtype: str):
+    """(model, optimizer, config, device) as train.py has them before step 1."""
+    config = train.TrainConfig(
+        lam=LAM, sft_loss="full", lr=LR, grad_clip=1.0, device="cpu", dtype=dtype
+    )
+    device = train.pick_device(config)  # which also tells malloc to keep what it has
+    model = Transformer.from_pretrained(folder, device=device, dtype=torch.float32)
+    model.compute_dtype = getattr(torch, dtype)
+    return model, train.make_optimizer(model, config), config, device
+
+
+def save_random_model(folder, shape: ModelConfig = SHAPE, seed: int = 0):
+    torch.manual_seed(seed)
+    Transformer(shape).save_pretrained(folder)
+
+
+def product_rate(dtype: torch.dtype, n: int = 1024, repeat: int = 8) -> float:
+    """Operations a second of an (n, n, n) matrix product, the best of several, nothing allocated.
+
+    1,024 was the fastest of 512 to 4,096 and of lm_head's own shape where this was written.
+    """
+    a, b = torch.randn(2, n, n).to(dtype)
+    out, best = torch.empty(n, n, dtype=dtype), math.inf
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
+
+
+def memory_gb(field: str = "VmHWM") -> float:
+    """GB (2^30) of this process, from the system: VmHWM the peak, VmRSS now.
+
+    Not ru_maxrss: that starts with the peak of the process from which this one was forked.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 2**20
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+# ---------------------------------------------------------------------------------------------
+# One of several processes that compute in turn. A line of JSON in, a line of JSON out.
+
+
+class Turns:
+    """`wait` returns when a step is asked for; `done` reports it. Other questions `wait` answers.
+
+    Make it before anything can print: standard output then becomes standard error for all others.
+    """
+
+    def __init__(self):
+        self.out = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self.imported = memory_gb()
+
+    def say(self, **answer):
+        print(json.dumps(answer), file=self.out)
+
+    def ready(self, **facts):
+        self.say(**facts)
+
+    def wait(self):
+        for line in sys.stdin:
+            question = json.loads(line)
+            if question == "step":
+                self.begin = time.perf_counter()
+                return
+            if question == "memory":
+                self.say(peak=memory_gb(), imported=self.imported)
+            else:
+                self.say(rate=product_rate(getattr(torch, question["rate"])))
+        sys.exit()
+
+    def done(self, loss):
+        seconds = time.perf_counter() - self.begin
+        self.say(seconds=seconds, loss=float(loss))
+
+
+def serve(args):
+    """Ours. Each step takes the next pairs of the file."""
+    turns = Turns()
+    pairs = [data.Pair(*pair) for pair in json.loads(args.pairs.read_text())]
+    model, optimizer, config, device = start(args.model, args.dtype)
+    steps = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
+    turns.ready(flops=[needed_flops(model, step) for step in steps])
+    for step in steps:
+        turns.wait()
+        outputs, _ = train.training_step(model, optimizer, step, config, device)
+        turns.done(sum(output.loss.detach() for output in outputs))
+    turns.wait()
+
+
+def measure(args):
+    """The card: warm up, then steps and matrix products in turn."""
+    pairs = make_pairs(args.set, args.steps + 3)
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_model(folder)
+        model, optimizer, config, device = start(folder, args.dtype)
+    before, size, rows = memory_gb("VmRSS"), PAIRS_A_STEP[args.set], []
+    for i in range(0, len(pairs), size):
+        step = pairs[i : i + size]
+        begin = time.perf_counter()
+        train.training_step(model, optimizer, step, config, device)
+        seconds = time.perf_counter() - begin
+        rate = product_rate(model.compute_dtype)
+        tokens = sum(pair.n_tokens for pair in step)
+        rows.append((seconds, tokens / seconds, needed_flops(model, step) / seconds / rate, rate))
+    seconds, speed, share, rate = (statistics.median(c) for c in zip(*rows[3:], strict=True))
+    result = {
+        **{"set": args.set, "dtype": args.dtype, "threads": torch.get_num_threads()},
+        **{"ms_a_step": 1000 * seconds, "tokens_per_second": speed},
+        **{"product_gflops": rate / 1e9, "share_of_product_rate": share},
+        **{"peak_gb": memory_gb(), "loaded_gb": before},
+        **{"torch": torch.__version__, "machine": platform.machine()},
+    }
+    for name, value in result.items():
+        print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
+    print(json.dumps(result))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # without the dump of the usage
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--set", choices=PAIRS_A_STEP, default="short", help="of pairs")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=positive, default=20, help="after three to warm up")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count())
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=positive, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    serve(args) if args.serve else measure(args)
+
+
+if __name__ == "__main__":
+    main()
