@@ -44,13 +44,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -236,21 +231,22 @@ def shard(model: Transformer, config: TrainConfig, device):
     Gradients are summed in float32, and not averaged: see `sum_over_processes`.
     """
     mesh = init_device_mesh(device.type, (world(),))
-    dtypes = MixedPrecisionPolicy(getattr(torch, config.dtype), torch.float32, None, False)
+    dtype = getattr(torch, config.dtype)
+    dtypes = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=dtypes)
-    fully_shard(model, mesh=mesh)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=dtypes)
+    fsdp.fully_shard(model, mesh=mesh)
     for module in (*model.layers, model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "hidden_states")
+    fsdp.register_fsdp_forward_method(model, "hidden_states")
 
 
 @contextlib.contextmanager
 def weights_ready(model: Transformer):
     """Within it a plain model's weights are cast once. From a sharded one, at its end, embedding
     and lm_head go too, which stay gathered behind `hidden_states` until a backward pass."""
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, fsdp.FSDPModule):
         with model.cast_weights():
             yield
     else:
@@ -617,9 +613,8 @@ def pick_device(config: TrainConfig) -> torch.device:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if (
-        several and not dist.is_initialized()
-    ):  # hours, as the others wait while process 0 writes a large model
+    if several and not dist.is_initialized():
+        # Hours, as the others wait while process 0 writes a large model.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     if rank() > 0:
@@ -725,7 +720,9 @@ def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_lo
     if model.activation_checkpointing:  # the inputs of all blocks, and all that one block keeps
         one = 4 * c.vocab_size * c.dim + size * block
         working = size * (c.n_layers * n * c.dim + cast) + max(lm_head, one)
-    if isinstance(model, FSDPModule):  # whole: what is around the blocks, and up to three of them
+    if isinstance(
+        model, fsdp.FSDPModule
+    ):  # whole: what is around the blocks, and up to three of them
         n_blocks = sum(p.numel() for p in model.layers.parameters())
         working += 4 * (n_parameters - n_blocks) + 3 * size * n_blocks // c.n_layers - size * cast
         n_parameters = n_parameters // world()
