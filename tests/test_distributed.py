@@ -181,6 +181,7 @@ def test_three_processes_for_steps_of_two_pairs(folder, one_process, tmp_path, m
     compare(one_process(*flags)[0], three, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_over_2_then_1_then_2_processes(folder, one_process, tmp_path):
     """Stopped twice by SIGTERM: to torchrun, which hands it on, and to one process."""
     flags = ["--batch-size", "40", "--max-steps", "60", "--lr", "1e-4", "--save-every", "0"]
