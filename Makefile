@@ -36,7 +36,7 @@ plot: .venv/dev  ## draw the figure of the last built-in run
 	$(BIN)/python examples/plot.py out/builtin
 
 clean:           ## remove environments, caches and runs
-	rm -rf .venv .venv-peers out .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers out .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/run: requirements.txt

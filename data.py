@@ -409,6 +409,7 @@ class Tokenizer:
         for text, i in ids.items():
             if type(i) is not int or not 0 <= i < 2**31:
                 raise ValueError(f"token {text!r:.80} has the id {i!r:.80}")
+        "".join(ids).encode()  # half a surrogate pair has no bytes: an error
         self.vocab_size = 1 + max(ids.values())
         jinja = file.parent / "chat_template.jinja"
         template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
@@ -546,8 +547,8 @@ class BPETokenizer(Tokenizer):
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
         for a, b in self.ranks:
-            if a + b not in self.vocab:
-                raise ValueError(f"{file.name}: the vocabulary lacks what {a!r} and {b!r} give")
+            if not a or not b or a + b not in self.vocab:
+                raise ValueError(f"{file.name}: merging {a!r} and {b!r} gives no token")
         steps = (_steps(spec, part) for part in ("normalizer", "pre_tokenizer", "decoder"))
         self.read_steps(file, config, *steps)
         alphabet = set(_BYTE_OF if self.byte_level else [*_BYTE_PIECES, "▁"])

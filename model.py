@@ -124,7 +124,7 @@ class ModelConfig:
             if name not in ours:
                 raise ValueError(f"key {keys[name]!r} is missing")
         for f in fields(cls):
-            most = 1000 if f.name == "n_layers" else 1e30 if f.type is float else 2**31
+            most = 1000 if f.name == "n_layers" else 2**63 if f.type is float else 2**31
             if f.name in ours and not _fits(ours[f.name], f.type, most):
                 raise ValueError(f"{keys[f.name]} cannot be {ours[f.name]!r:.80}")
         for key in ROPE_NUMBERS.get(str(rope_type), ()):
