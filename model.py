@@ -138,7 +138,8 @@ class ModelConfig:
         """The config.json to save: what was read, and what we know under the family's keys."""
         family = FAMILIES[self.family]
         known = {key: getattr(self, name) for name, key in (LLAMA_KEYS | family.keys).items()}
-        if self.position_offset is not None:  # keys that mean nothing where nothing is rotated
+        if self.position_offset is not None and self.source:
+            # Less those that mean nothing where nothing is rotated.
             known = {key: known[key] for key in known if key in self.source or key == "torch_dtype"}
         kept = {key: value for key, value in self.source.items() if key != "dtype"}
         return kept | known | {"architectures": [family.architecture], "model_type": self.family}
@@ -284,6 +285,32 @@ class Linear(nn.Linear):
         weight = self.weight if self.cast is None else self.cast
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)
+
+
+class LoRALinear(Linear):
+    """W x + (alpha / rank) B A x: W is frozen, A (rank, in) and B (out, rank) are trained.
+
+    B is zero at the start, so that nothing changes yet (Hu et al., arXiv 2106.09685).
+    """
+
+    def __init__(self, base: Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        bound = base.in_features**-0.5
+        a = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x):
+        thin = F.linear(x, self.lora_A.to(x.dtype))  # (N, rank)
+        return super().forward(x) + self.scale * F.linear(thin, self.lora_B.to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        merged = Linear(self.in_features, self.out_features, device="meta")
+        weight = self.weight + self.scale * (self.lora_B @ self.lora_A)  # float32, rounded once
+        merged.weight, merged.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
+        return merged
 
 
 class Norm(nn.Module):
@@ -574,6 +601,22 @@ class Transformer(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if residual else 0.02)
 
+    def add_lora(self, rank: int, alpha: float, seed: int = 0):
+        """Freezes all, and gives each projection in the blocks a change of this rank to train."""
+        generator = torch.Generator().manual_seed(seed)
+        self.requires_grad_(False)
+        self._replace(Linear, lambda linear: LoRALinear(linear, rank, alpha, generator))
+
+    def merge_lora(self):
+        """Adds the changes to the weights: from now on the model has no adapters, as any other."""
+        self._replace(LoRALinear, LoRALinear.merged)
+
+    def _replace(self, kind, new):
+        for part in [part for block in self.layers for part in (block.self_attn, block.mlp)]:
+            for name, module in [*part.named_children()]:
+                if isinstance(module, kind):
+                    setattr(part, name, new(module))
+
     @contextlib.contextmanager
     def cast_weights(self):
         """Within it the blocks' weights are cast to compute_dtype once, not in every micro-batch.
@@ -655,12 +698,15 @@ class Transformer(nn.Module):
 
         A product of (n, a) and (a, b) matrices is 2nab operations, and the backward pass twice the
         forward's. So 6 a weight a token in the blocks, 6VD a prediction for the vocabulary
-        projection, and 12Hd a layer for each key that a query sees. Elementwise work and what is
-        computed twice (--activation-checkpointing) do not count: MFU is of the needed operations.
+        projection (4 where the weight is frozen and has no gradient), and 12Hd a layer for each key
+        that a query sees. Elementwise work and what is computed twice
+        (--activation-checkpointing) do not count: MFU is of the needed operations.
         """
         c = self.config
-        weights = sum(m.weight.numel() for m in self.layers.modules() if isinstance(m, Linear))
-        total = 6 * weights * sum(map(sum, lengths)) + 6 * n_predicted * c.vocab_size * c.dim
+        weights = [p for p in self.layers.parameters() if p.dim() == 2]
+        total = sum((4 + 2 * p.requires_grad) * p.numel() for p in weights) * sum(map(sum, lengths))
+        frozen = not self.lm_head_weight.requires_grad
+        total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.dim
         runs = [(0, p + m) for p, m, _ in lengths] + [(p, p + r) for p, _, r in lengths]
         seen = np.concatenate([1 + np.arange(*run) for run in runs])  # by the query at a position
         for window in c.windows:

@@ -221,8 +221,8 @@ def fused_linear_orpo(
         where not given, at the price of a CPU-GPU synchronisation.
 
     Differentiable with respect to hidden and lm_head, once; without gradients it costs one matrix
-    product instead of three. Exact at certainty, from the logits up. Raises ValueError on shapes
-    that do not fit.
+    product instead of three, with a frozen lm_head two. Exact at certainty, from the logits up.
+    Raises ValueError on shapes that do not fit.
     """
     for name, x in (("targets", targets), ("response", response), ("nll_weight", nll_weight)):
         if x.shape != hidden.shape[:1]:
@@ -289,6 +289,8 @@ class _FusedLinearORPO(torch.autograd.Function):
             others.mul_((-coefficient[:, None] / total).to(z.dtype))
             grad_z = others.scatter_(1, target, coefficient[:, None].to(z.dtype)).to(h.dtype)
             torch.mm(grad_z, weight, out=grad_hidden[rows])
+            if not lm_head.requires_grad:
+                continue
             part = _mm_float32(grad_z.t(), h).to(result_dtype(lm_head))  # (V, D)
             grad_lm_head = part if grad_lm_head is None else grad_lm_head.add_(part)
 
@@ -296,7 +298,7 @@ class _FusedLinearORPO(torch.autograd.Function):
         pair_losses = _odds_ratio_value(chosen, rejected)
         loss = nll + lam / n_pairs * pair_losses.sum()  # finite, by _mean_logps: lam 0 is fine
         if needs_grad:
-            if grad_lm_head is None:  # a micro-batch without predictions
+            if grad_lm_head is None and lm_head.requires_grad:  # a micro-batch without predictions
                 grad_lm_head = torch.zeros_like(lm_head)
             ctx.save_for_backward(grad_hidden, grad_lm_head)
             ctx.lm_head_dtype = lm_head.dtype
@@ -309,7 +311,9 @@ class _FusedLinearORPO(torch.autograd.Function):
     def backward(ctx, grad, *_):
         grad_hidden, grad_lm_head = ctx.saved_tensors
         # In place, as they are large: so a second backward pass is an error, not a wrong number.
-        return grad_hidden.mul_(grad), grad_lm_head.mul_(grad).to(ctx.lm_head_dtype), None, None
+        if grad_lm_head is not None:
+            grad_lm_head = grad_lm_head.mul_(grad).to(ctx.lm_head_dtype)
+        return grad_hidden.mul_(grad), grad_lm_head, None, None
 
 
 def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,8 @@ class TrainConfig:
     micro_batch_tokens: int = flag("memory", 8192, "packed tokens at a time", least=1)
     shard: bool = flag("memory", False, "of all weights each process keeps a part (FSDP2)")
     activation_checkpointing: bool = flag("memory", False, "blocks computed twice, not kept")
+    lora_rank: int = flag("memory", 0, "train adapters on a frozen model; 0: train it all", least=0)
+    lora_alpha: float = flag("memory", 16.0, "adapters count alpha / rank", least=0)
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
     seed: int = flag("run", 42, "of order and sampling", least=0, below=2**63)
@@ -170,6 +172,8 @@ def parse(argv: list[str] | None) -> TrainConfig:
             settings.setdefault("out", str(BUILTIN_OUT))
     config = TrainConfig(**(settings | given))
     config.check()
+    if config.shard and config.lora_rank:
+        raise ValueError("--shard and --lora-rank do not go together: a frozen model is not cut up")
     needed = ("model", "eval_data") if config.eval_only else ("model", "data", "out")
     for name in needed:
         if getattr(config, name) is None:
@@ -348,7 +352,7 @@ def training_step(model: Transformer, optimizer, pairs: list[Pair], config: Trai
             outputs.append(output)
     loss = torch.stack([output.loss.detach() for output in outputs]).sum()
     # (FSDP2 has summed its gradients itself, in each backward pass.)
-    sum_over_processes([loss, *(p.grad for p in model.parameters() if not config.shard)])
+    sum_over_processes([loss, *(p.grad for p in trainable(model) if not config.shard)])
     clip = config.grad_clip or math.inf
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True))
     optimizer.found_inf = optimizer.found_inf.maximum(~torch.isfinite(loss + grad_norm))
@@ -364,7 +368,7 @@ def not_finite(model, pairs: list[Pair], rows: list, config: TrainConfig, device
         (batch,) = micro_batches([pair], config, dealt=False)
         output = forward(model, batch, config.lam, len(pairs), device)
         output.loss.backward()
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trainable(model)]))
         terms = {"L_SFT": output.nll_loss, "L_OR": config.lam * output.odds_ratio_loss.sum()}
         terms = [k for k, x in terms.items() if not torch.isfinite(x.to(output.loss.dtype))]
         terms += ["its gradient"] * (not terms and not torch.isfinite(norm))
@@ -466,6 +470,8 @@ def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
     """
     state = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue  # as in --model
         state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
     return state
 
@@ -641,7 +647,10 @@ def keep_freed_memory():
 def load_inputs(config: TrainConfig, device):
     """Model, tokenizer, and the (pairs, rows) to train and to evaluate on; prints what was read."""
     cut = functools.partial(shard, config=config, device=device) if config.shard else None
-    model = Transformer.from_pretrained(config.model, device, torch.float32, cut)
+    dtype = getattr(torch, config.dtype if config.lora_rank else "float32")
+    model = Transformer.from_pretrained(config.model, device, dtype, cut)
+    if config.lora_rank:
+        model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
     model.compute_dtype = getattr(torch, config.dtype)
     model.activation_checkpointing = config.activation_checkpointing
     for block in model.layers if config.compile else ():
@@ -658,9 +667,11 @@ def load_inputs(config: TrainConfig, device):
             f"the embedding only {model.config.vocab_size} rows"
         )
     config.max_length = min(config.max_length, model.config.max_seq_len)
-    n = sum(p.numel() for p in model.parameters())
+    n, trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model)))
     print(f"model    {config.model}: {n:,} parameters, stored as {model.config.dtype}")
-    print(f"         float32 weights, products in {config.dtype}, on {config.device}")
+    print(
+        f"         {trained:,} trained, in float32, products in {config.dtype}, on {config.device}"
+    )
     train_rows = data.load_preferences(config.data) if not config.eval_only else []
     eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
     if config.eval_fraction and not config.eval_data:
@@ -692,6 +703,10 @@ def load_inputs(config: TrainConfig, device):
     return model, tokenizer, *sets
 
 
+def trainable(model: Transformer) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_loss="full") -> int:
     """Bytes of weights, gradients, moments and activations where a step needs the most.
 
@@ -700,7 +715,8 @@ def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_lo
     """
     c, lengths = model.config, [pair.lengths for pair in pairs]
     size = torch.finfo(model.compute_dtype).bits // 8
-    n_parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = 4 * sum(p.numel() for p in trainable(model))
     n = sum(map(sum, lengths))  # packed tokens
     keys = n + sum(p for p, _, _ in lengths)  # those of a prompt are gathered twice
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -711,23 +727,23 @@ def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_lo
     block = n * (norms + 3 * heads + kv + (4 if c.gated else 2) * c.hidden_dim) + 2 * keys * kv
     if size == 2 and model.device.type == "cpu":  # attention in parts keeps its weights
         block += c.n_heads * sum((p + m) ** 2 + r * (p + r) for p, m, r in lengths)
-    cast = sum(p.numel() for p in model.layers.parameters()) if size == 2 else 0
+    cast = sum(p.numel() for p in model.layers.parameters() if p.element_size() > size)
     # lm_head: its gradient and one group's share of it; the group's logits, in float32 and cast
     n_predicted = sum(m + r + (p if sft_loss == "full" else 0) for p, m, r in lengths)
     group = min(n_predicted, 2048) * c.vocab_size  # orpo.pair_groups
-    lm_head = c.vocab_size * c.dim * (4 + size + size % 4) + group * (4 + size % 4)
+    head = c.vocab_size * c.dim * model.lm_head_weight.requires_grad  # frozen: no gradient
+    lm_head = head * (4 + size + size % 4) + group * (4 + size % 4)
     working = size * (c.n_layers * block + cast) + lm_head
     if model.activation_checkpointing:  # the inputs of all blocks, and all that one block keeps
-        one = 4 * c.vocab_size * c.dim + size * block
+        one = 4 * head + size * block
         working = size * (c.n_layers * n * c.dim + cast) + max(lm_head, one)
-    if isinstance(
-        model, fsdp.FSDPModule
-    ):  # whole: what is around the blocks, and up to three of them
+    if isinstance(model, fsdp.FSDPModule):
+        # Whole: what is around the blocks, and up to three of them.
         n_blocks = sum(p.numel() for p in model.layers.parameters())
-        working += 4 * (n_parameters - n_blocks) + 3 * size * n_blocks // c.n_layers - size * cast
-        n_parameters = n_parameters // world()
-    gradients = 4 * n_parameters
-    return 12 * n_parameters + (gradients + working if several else max(gradients, working))
+        working += weights - 4 * n_blocks + 3 * size * n_blocks // c.n_layers - size * cast
+        weights, trained = weights // world(), trained // world()
+    moments, gradients = 2 * trained, trained
+    return weights + moments + (gradients + working if several else max(gradients, working))
 
 
 def claim_folder(config: TrainConfig, replace=False) -> Path | None:
@@ -759,8 +775,8 @@ def claim_folder(config: TrainConfig, replace=False) -> Path | None:
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2]},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable(model) if p.dim() >= 2]},
+        {"params": [p for p in trainable(model) if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
     adamw = torch.optim.AdamW(groups, config.lr, betas, eps=1e-8, weight_decay=decay, fused=True)
@@ -797,7 +813,7 @@ def try_micro_batch(model: Transformer, optimizer, pairs: list[Pair], config: Tr
     """A step without effect, after which Adam has its moments: out of memory comes now or never."""
     n = sum(pair.n_tokens for pair in pairs)
     try:
-        for p in model.parameters():  # a later step holds them and Adam's moments by then
+        for p in trainable(model):  # a later step holds them and Adam's moments by then
             p.grad = torch.zeros_like(p)
         optimizer.found_inf.fill_(1)
         optimizer.step()
@@ -862,7 +878,7 @@ def train(config: TrainConfig) -> int | None:
                 continue
 
             row = metrics_of(outputs, config.lam, len(members)) | {"grad_norm": grad_norm}
-            row = to_host(row | {"updates": optimizer.state[model.norm.weight]["step"]})
+            row = to_host(row | {"updates": optimizer.state[trainable(model)[0]]["step"]})
             if (updates := int(row.pop("updates"))) < step:
                 members, where = (step_pairs(x, updates + 1, config) for x in (pairs, rows))
                 where = not_finite(model, members, where, config, device)
@@ -942,6 +958,7 @@ def peak_memory_gb(device) -> float:
 
 def save_model(model: Transformer, tokenizer, rows, config: TrainConfig, folder: Path):
     """The trained model as a Hugging Face folder, in the dtype that the checkpoint had."""
+    model.merge_lora()
     model.save_pretrained(folder, dtype=getattr(torch, model.config.dtype))
     for name in TOKENIZER_FILES:
         if (Path(config.model) / name).is_file():

@@ -458,6 +458,8 @@ CASES = {  # what: (how it is broken, flags more, words of the complaint)
     "settings true for 1": (
         writes("c.json", {"epochs": True}), ["--config", "c.json"], ["c.json: --epochs must be"],
     ),
+    "adapters in parts": (nothing, ["--shard", "--lora-rank", "2"], ["--shard and --lora-rank"]),
+    "rank negative": (nothing, ["--lora-rank", "-1"], ["--lora-rank must be at least 0"]),
     # --- the output folder
     "out a file": (writes("out", "text"), [], ["out: is a file"]),
     "out in a file": (writes("f", "text"), ["--out", "f/out"], ["f/out", "cannot be made"]),

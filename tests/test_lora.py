@@ -1,0 +1,257 @@
+"""Adapters: their gradients, what stays frozen, what they cost, and the model handed back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch.func import functional_call
+
+import data
+import orpo
+import train
+from model import FAMILIES, Linear, LoRALinear, ModelConfig, Transformer
+from tests.test_distributed import UNEVEN, compare, compare_models, files, launch
+from tests.test_speed import Products, some_pairs, tiny
+from tests.test_speed import step as one_step
+from tests.test_train import FACTS, Killed, kill_at, run, steps
+
+CPU = torch.device("cpu")
+
+
+def adapted(seed: int, model: Transformer | None = None, rank: int = 3) -> Transformer:
+    """A model whose B is not zero, so that every gradient is there."""
+    model = tiny() if model is None else model
+    model.add_lora(rank, alpha=8.0, seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for module in adapters(model).values():
+            module.lora_B.normal_(std=0.1)
+    return model
+
+
+def adapters(model: Transformer) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def loss_of(model: Transformer, pairs, lam=0.5) -> torch.Tensor:
+    batches = data.micro_batches(pairs, 80, "full")
+    return sum(train.forward(model, batch, lam, len(pairs), CPU).loss for batch in batches)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pairs):
+        return loss_of(self.model, pairs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_a_merged_weight(checkpointing):
+    """Autograd through W + (8/3) B A, put in place of each weight of a plain model, in float64."""
+    model, pairs = adapted(1, tiny(torch.float64)).double(), some_pairs(6, seed=1)
+    model.activation_checkpointing = checkpointing
+    loss_of(model, pairs).backward()
+    plain, merged, leaves = Transformer(model.config).double(), {}, {}
+    plain.compute_dtype = torch.float64
+    for name, p in model.named_parameters():
+        if "lora" not in name:
+            merged[f"model.{name}"] = p.detach()
+    for name, module in adapters(model).items():
+        a, b = (p.detach().clone().requires_grad_() for p in (module.lora_A, module.lora_B))
+        merged[f"model.{name}.weight"] = module.weight + 8 / 3 * b @ a
+        leaves[name] = a, b
+    functional_call(Loss(plain), merged, (pairs,)).backward()
+    for name, module in adapters(model).items():
+        for got, wanted in zip((module.lora_A, module.lora_B), leaves[name], strict=True):
+            assert wanted.grad.abs().max() > 1e-6
+            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_at_the_start_nothing_is_changed_and_only_adapters_are_trained():
+    pairs = some_pairs(6, seed=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(dtype)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        base = loss_of(model, pairs)
+        model.add_lora(4, 16.0)
+        assert torch.equal(loss_of(model, pairs), base)
+        for _ in range(2):  # in the first step B alone has a gradient
+            one_step(model, pairs, lr=1e-2, dtype=str(dtype)[6:])
+        after = dict(model.named_parameters())
+        assert all(torch.equal(after[name], p) for name, p in before.items())
+        assert all(p.grad is None for p in after.values())
+        trained = {name for name, p in after.items() if p.requires_grad}
+        assert trained == {name for name in after if ".lora_" in name}
+        assert all(m.lora_B.any() for m in adapters(model).values())
+        assert loss_of(model, pairs) < base
+        assert all(after[name].dtype == torch.float32 for name in trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_projection_of_every_family_and_the_merged_export(family, tmp_path):
+    """GPT-2 stores three of them in one matrix, and transposed."""
+    fields = {"family": family} | FAMILIES[family].fields
+    sizes = {"vocab_size": 31, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**sizes | {"head_dim": 8, "max_seq_len": 32} | fields))
+    linears = {n for n, m in model.layers.named_modules() if isinstance(m, Linear)}
+    names, tokens = list(model._checkpoint_names()), torch.arange(20).view(2, 10)
+    base = model(tokens)
+    adapted(3, model)
+    assert {f"layers.{n}" for n in linears} == set(adapters(model))
+    assert "rank" not in repr(model) and "LoRALinear" in repr(model)
+    wanted = model(tokens)
+    assert (wanted - base).abs().max() > 1e-2
+    model.merge_lora()
+    assert list(model._checkpoint_names()) == names and not adapters(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(tokens), wanted)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_frozen_lm_head_costs_two_products_and_not_three():
+    model, pairs = tiny(), some_pairs(6, seed=3)
+    (batch,) = data.micro_batches(pairs, 10**9, "full")
+    gradients = []
+    for frozen, n_products in ((False, 3), (True, 2)):
+        hidden = torch.randn(len(batch.predict), 32, generator=torch.Generator().manual_seed(0))
+        hidden.requires_grad_()
+        weight = model.lm_head_weight.detach().clone().requires_grad_(not frozen)
+        with Products() as products:
+            output = orpo.fused_linear_orpo(
+                hidden, weight, batch.targets, batch.response, batch.nll_weight, 0.5, len(pairs)
+            )
+            output.loss.backward()
+        assert len(products.shapes) == n_products
+        assert (weight.grad is None) == frozen
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_step_does_the_operations_that_the_formula_counts():
+    """But for the first block's q, k and v: what comes into them has no gradient, as nothing in
+    front of them is trained."""
+    model, pairs = tiny(), some_pairs(7, seed=4)
+    model.add_lora(5, 8.0)
+    with Products() as products:
+        one_step(model, pairs)
+    counted = sum(2 * n * a * b for n, a, b in products.shapes)
+    n = sum(pair.n_tokens for pair in pairs)
+    first = model.layers[0].self_attn
+    unneeded = sum(
+        2 * n * (m.weight.numel() + m.lora_A.numel())
+        for m in (first.q_proj, first.k_proj, first.v_proj)
+    )
+    seen = (
+        12
+        * 2
+        * 32
+        * sum(
+            (p + c) * (p + c + 1) // 2 + r * (r + 1) // 2 + r * p
+            for p, c, r in (pair.lengths for pair in pairs)
+        )
+    )
+    needed = train.step_flops(model, pairs, train.TrainConfig(sft_loss="full"))
+    assert counted == needed - seen - unneeded
+
+
+def test_compiled_blocks_have_the_same_gradients():
+    model, pairs = adapted(5), some_pairs(5, seed=5)
+
+    def gradients():
+        model.zero_grad()
+        loss_of(model, pairs).backward()
+        return [p.grad for p in train.trainable(model)]
+
+    wanted = gradients()
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.compile(dynamic=True, backend="aot_eager")
+    try:
+        torch.testing.assert_close(gradients(), wanted)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_estimate_is_within_15_percent(checkpointing, dtype, monkeypatch):
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    trained = torch.ones((), requires_grad=True)
+    for name in ("register_hook", "register_post_accumulate_grad_hook"):
+        # The tracker wants to hear of every parameter's gradient, also where there is none.
+        hook = getattr(torch.Tensor, name)
+        hook = lambda p, f, hook=hook: hook(p if p.requires_grad else trained, f)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, hook)
+    compute = getattr(torch, dtype)
+    model = Transformer(ModelConfig(4000, 256, 6, 8, 700, n_kv_heads=2)).to(compute)
+    model.add_lora(8, 16.0)
+    config = train.TrainConfig(lr=1e-3, dtype=dtype, sft_loss="full")
+    model.compute_dtype, model.activation_checkpointing = compute, checkpointing
+    pairs = [data.Pair([1] * p, [2] * c, [3] * r) for p, c, r in ((90, 200, 150), (300, 210, 260))]
+    optimizer = train.make_optimizer(model, config)
+    train.training_step(model, optimizer, pairs, config, CPU)  # makes the moments
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        train.training_step(model, optimizer, pairs, config, CPU)
+    (measured,) = (device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+    assert train.estimate_memory(model, pairs, False) == pytest.approx(measured, rel=0.15)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole runs.
+
+LORA = ["--lora-rank", "4", "--lora-alpha", "8", "--lr", "5e-2"]
+
+
+def test_a_run_resumes_to_the_bit_and_stores_adapters_alone(
+    folder, arguments, tmp_path, monkeypatch, capsys
+):
+    arguments += ["--save-every", "4", *LORA]
+    whole = run(arguments, "--out", str(tmp_path / "whole"))
+    assert steps(whole)[-1]["loss"] < steps(whole)[0]["loss"] - 0.1
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 10)
+        run(arguments)
+    assert steps(run(arguments, "--resume")) == steps(whole)
+    models = [tmp_path / name / "model" / "model.safetensors" for name in ("out", "whole")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    model = Transformer.from_pretrained(folder / "model")
+    model.add_lora(4, 8.0)
+    n_trained = sum(p.numel() for p in train.trainable(model))
+    state = train.training_state(model, train.make_optimizer(model, train.TrainConfig()))
+    assert sum(x.numel() for x in state.values()) == n_trained
+    assert f"{n_trained:,} trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_run_exports_is_what_it_evaluated(arguments, tmp_path, dtype, capsys):
+    """bfloat16 rounds the sum of weight and change once more: 8 bits."""
+    base = tmp_path / "base"
+    Transformer.from_pretrained(FACTS / "base", dtype=torch.float32).save_pretrained(base)
+    for file in (FACTS / "base").glob("tokenizer*"):
+        shutil.copyfile(file, base / file.name)
+    rows = run(arguments, *LORA, "--lr", "1e-2", "--dtype", dtype, "--model", str(base))
+    eval_data = arguments[arguments.index("--eval-data") + 1]
+    capsys.readouterr()
+    out = str(tmp_path / "out" / "model")
+    flags = ["--eval-only", "--model", out, "--eval-data", eval_data, "--lam", "0.5"]
+    train.main([*flags, "--dtype", dtype, "--device", "cpu"])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rel = 1e-5 if dtype == "float32" else 2e-2
+    assert again["eval_loss"] == pytest.approx(rows[-1]["eval_loss"], rel=rel)
+    assert rows[0]["eval_loss"] > 1.3 * rows[-1]["eval_loss"]
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    rows = []
+    for n in (1, 2):
+        out = ["--out", str(tmp_path / str(n))]
+        rows.append(launch(n, [*files(folder), *UNEVEN, *LORA, *out])[0])
+    compare(*rows, rel=2e-5)
+    compare_models(tmp_path / "1", tmp_path / "2", 1e-5)
