@@ -707,16 +707,19 @@ def trainable(model: Transformer) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_loss="full") -> int:
+def estimate_memory(
+    model: Transformer, pairs: list[Pair], several: bool, sft_loss="full", shards=1
+) -> int:
     """Bytes of weights, gradients, moments and activations where a step needs the most.
 
     pairs: the largest micro-batch. several: a step has other micro-batches too, whose gradients
-    are there while this one's activations are. tests/test_train.py holds it against measurement.
+    are there while this one's activations are. shards: of how many a process keeps one.
+    Held against PyTorch's count of live tensors by tests/test_train.py and bench/memory.py.
     """
     c, lengths = model.config, [pair.lengths for pair in pairs]
     size = torch.finfo(model.compute_dtype).bits // 8
     weights = sum(p.nbytes for p in model.parameters())
-    trained = 4 * sum(p.numel() for p in trainable(model))
+    gradients = 4 * sum(p.numel() for p in trainable(model))
     n = sum(map(sum, lengths))  # packed tokens
     keys = n + sum(p for p, _, _ in lengths)  # those of a prompt are gathered twice
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -727,23 +730,25 @@ def estimate_memory(model: Transformer, pairs: list[Pair], several: bool, sft_lo
     block = n * (norms + 3 * heads + kv + (4 if c.gated else 2) * c.hidden_dim) + 2 * keys * kv
     if size == 2 and model.device.type == "cpu":  # attention in parts keeps its weights
         block += c.n_heads * sum((p + m) ** 2 + r * (p + r) for p, m, r in lengths)
-    cast = sum(p.numel() for p in model.layers.parameters() if p.element_size() > size)
+    block *= size
+    # The blocks' weights in the compute dtype; cut up, only of those two blocks that are at work.
+    cast = size * sum(p.numel() for p in model.layers.parameters() if p.element_size() > size)
+    a_block = sum(p.nbytes for p in model.layers[0].parameters())
+    around = weights - a_block * c.n_layers  # embedding and lm_head
+    if shards > 1:
+        cast = around + 2 * a_block * size // 4
     # lm_head: its gradient and one group's share of it; the group's logits, in float32 and cast
     n_predicted = sum(m + r + (p if sft_loss == "full" else 0) for p, m, r in lengths)
     group = min(n_predicted, 2048) * c.vocab_size  # orpo.pair_groups
     head = c.vocab_size * c.dim * model.lm_head_weight.requires_grad  # frozen: no gradient
     lm_head = head * (4 + size + size % 4) + group * (4 + size % 4)
-    working = size * (c.n_layers * block + cast) + lm_head
-    if model.activation_checkpointing:  # the inputs of all blocks, and all that one block keeps
-        one = 4 * head + size * block
-        working = size * (c.n_layers * n * c.dim + cast) + max(lm_head, one)
-    if isinstance(model, fsdp.FSDPModule):
-        # Whole: what is around the blocks, and up to three of them.
-        n_blocks = sum(p.numel() for p in model.layers.parameters())
-        working += weights - 4 * n_blocks + 3 * size * n_blocks // c.n_layers - size * cast
-        weights, trained = weights // world(), trained // world()
-    moments, gradients = 2 * trained, trained
-    return weights + moments + (gradients + working if several else max(gradients, working))
+    kept = c.n_layers * (size * n * c.dim if model.activation_checkpointing else block)
+    # The most is needed in front of the backward pass, by the loss; or, with checkpointing, in its
+    # first block; or at its end, when all gradients are there.
+    one = block + 4 * head if model.activation_checkpointing else 0
+    first, last = kept + max(lm_head, one), block + (a_block + around) * (shards > 1)
+    weights, moments, gradients = (x // shards for x in (weights, 2 * gradients, gradients))
+    return weights + moments + cast + max(first + gradients * several, last + gradients)
 
 
 def claim_folder(config: TrainConfig, replace=False) -> Path | None:
@@ -794,7 +799,13 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
     parts = [part for shares in steps for share in shares for part in data.cut(share, budget)]
     tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]
-    memory = estimate_memory(model, largest, len(parts) > total * world(), config.sft_loss)
+    memory = estimate_memory(
+        model,
+        largest,
+        len(parts) > total * world(),
+        config.sft_loss,
+        world() if config.shard else 1,
+    )
     print(
         f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "
         f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "

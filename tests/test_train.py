@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -449,3 +451,25 @@ def test_the_memory_estimate_is_within_15_percent_of_what_a_step_holds(
     assert train.estimate_memory(model, pairs, True) <= 4 * n + train.estimate_memory(
         model, pairs, False
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["gpus=4", "True, gpus=4", "True, lora=4"])
+def test_the_estimate_of_one_process_of_several_is_within_15_percent_too(row):
+    """By bench/memory.py, in a process of its own: one beside fake others, on fake tensors."""
+    code = f"""
+from bench.memory import *
+SHAPES["small"] = shape("llama", 8000, 512, 8, 8, 1400, n_kv_heads=2)
+row = Row("small", {row})
+model, config, pairs = planned(row)
+print(train.estimate_memory(model, pairs, True, config.sft_loss, row.gpus), count(row))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(train.__file__).parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    estimate, counted = map(int, done.stdout.split())
+    assert estimate == pytest.approx(counted, rel=0.15)
