@@ -257,6 +257,7 @@ class _FusedLinearORPO(torch.autograd.Function):
             grad_hidden, grad_lm_head = torch.empty_like(hidden), None
 
         for start, stop in groups:
+            z = others = grad_z = part = None  # let go of the last group's before making new ones
             rows = slice(start, stop)
             h, target, s = hidden[rows], targets[rows, None], side[rows]
 

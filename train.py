@@ -737,16 +737,18 @@ def estimate_memory(
     around = weights - a_block * c.n_layers  # embedding and lm_head
     if shards > 1:
         cast = around + 2 * a_block * size // 4
-    # lm_head: its gradient and one group's share of it; the group's logits, in float32 and cast
+    # lm_head: cast; its gradient and one group's share of it; the group's logits, twice over
     n_predicted = sum(m + r + (p if sft_loss == "full" else 0) for p, m, r in lengths)
     group = min(n_predicted, 2048) * c.vocab_size  # orpo.pair_groups
     head = c.vocab_size * c.dim * model.lm_head_weight.requires_grad  # frozen: no gradient
-    lm_head = head * (4 + size + size % 4) + group * (4 + size % 4)
+    lm_head = head * (8 + size % 4) + group * (4 + size % 4)
     kept = c.n_layers * (size * n * c.dim if model.activation_checkpointing else block)
     # The most is needed in front of the backward pass, by the loss; or, with checkpointing, in its
-    # first block; or at its end, when all gradients are there.
+    # first block; or at its end, when all gradients are there (and of tied embeddings both parts,
+    # and their sum).
     one = block + 4 * head if model.activation_checkpointing else 0
-    first, last = kept + max(lm_head, one), block + (a_block + around) * (shards > 1)
+    last = max(block + 4 * head, 12 * head) if c.tie_embeddings else max(block, 4 * head)
+    first, last = kept + max(lm_head, one), last + (a_block + around) * (shards > 1)
     weights, moments, gradients = (x // shards for x in (weights, 2 * gradients, gradients))
     return weights + moments + cast + max(first + gradients * several, last + gradients)
 
