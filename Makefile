@@ -26,6 +26,9 @@ bench: .venv-peers/peers ## time and memory of a step beside TRL's, and what eac
 	$(PEERS)/python bench/peers.py
 	$(PEERS)/python bench/ideas.py --ratios 1:4 4:1 --rounds 2
 
+conformance: .venv-peers/peers ## ours, TRL's, Liger's and others' ORPO against the golden vectors
+	$(PEERS)/python bench/conformance.py $(ARGS)
+
 lint: .venv/dev  ## ruff, formatting included
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -55,4 +58,4 @@ clean:           ## remove environments, caches and runs
 	$(PEERS)/python -m pip install -q --no-deps liger-kernel
 	touch $@
 
-.PHONY: help train test test-slow test-peers gradcheck bench lint task plot clean
+.PHONY: help train test test-slow test-peers gradcheck bench conformance lint task plot clean
