@@ -581,6 +581,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def _hand_on_gradient(weight: Tensor, cast: Tensor):
+    if weight.grad is None:
+        weight.grad = cast.grad.to(weight.dtype)
+    else:
+        weight.grad.add_(cast.grad)
+    cast.grad = None
+
+
 class Transformer(nn.Module):
     """The model. `Transformer(config)` has random weights; `from_pretrained` reads a checkpoint."""
 
@@ -621,14 +629,18 @@ class Transformer(nn.Module):
     def cast_weights(self):
         """Within it the blocks' weights are cast to compute_dtype once, not in every micro-batch.
 
-        Each backward pass goes on through the cast, so gradients add up in the weights' own dtype.
+        A cast is a leaf, whose gradient is added to its weight's own, in that dtype, as soon as it
+        is there: through the cast itself autograd would go last, holding all of them until then.
         """
         dtype = self.compute_dtype
         linears = [m for m in self.layers.modules() if isinstance(m, Linear)]
         linears = [m for m in linears if dtype not in (None, m.weight.dtype)]
         try:
             for linear in linears:
-                linear.cast = linear.weight.to(dtype)
+                linear.cast = linear.weight.detach().to(dtype)
+                if linear.weight.requires_grad:
+                    hand_on = functools.partial(_hand_on_gradient, linear.weight)
+                    linear.cast.requires_grad_().register_post_accumulate_grad_hook(hand_on)
             yield
         finally:
             for linear in linears:
