@@ -64,27 +64,21 @@ def walk(line: int, lam: float):
             f"odds = P/(1-P) = {odds[name]:.4f}"
         )
 
-    log_odds_ratio = (odds["chosen"] / odds["rejected"]).log()
-    sft, l_or = -means["chosen"], -torch.sigmoid(log_odds_ratio).log()
+    x = (odds["chosen"] / odds["rejected"]).log()
+    sft, l_or = -means["chosen"], -torch.sigmoid(x).log()
     loss = sft + lam * l_or
-    print(
-        f"\nlog odds ratio = log({odds['chosen']:.4f}/{odds['rejected']:.4f}) = {log_odds_ratio:.4f}"
-    )
-    print(
-        f"L_SFT = -log P(chosen) = {sft:.4f}   L_OR = -log sigmoid({log_odds_ratio:.4f}) = {l_or:.4f}"
-    )
+    print(f"\nx = log odds ratio = log({odds['chosen']:.4f} / {odds['rejected']:.4f}) = {x:.4f}")
+    print(f"L_SFT = -log P(chosen) = {sft:.4f}   L_OR = -log sigmoid(x) = {l_or:.4f}")
     print(f"L = L_SFT + {lam} L_OR = {loss:.4f}")
 
-    delta = 1 / (1 + odds["chosen"] / odds["rejected"])
-    d_chosen = -delta / (1 - means["chosen"].exp())
-    d_rejected = delta / (1 - means["rejected"].exp())
+    delta = 1 / (1 + x.exp())
+    d_chosen = -1 - lam * delta / (1 - means["chosen"].exp())
+    d_rejected = lam * delta / (1 - means["rejected"].exp())
     print(f"\ndelta = 1/(1 + odds ratio) = {delta:.4f}")
-    print(f"dL/dlog P(chosen)   = -1 - {lam} delta/(1-P) = {-1 + lam * d_chosen:.4f}")
-    print(f"dL/dlog P(rejected) =      {lam} delta/(1-P) =  {lam * d_rejected:.4f}")
-    print(
-        f"so every chosen token's log p is pulled by {(-1 + lam * d_chosen) / m:.4f} (1/{m} of it)"
-    )
-    print(f"and every rejected one's pushed by       {lam * d_rejected / r:.4f} (1/{r})")
+    print(f"dL/dlog P(chosen)   = -1 - {lam} delta/(1-P) = {d_chosen:.4f}")
+    print(f"dL/dlog P(rejected) =      {lam} delta/(1-P) =  {d_rejected:.4f}")
+    print(f"dL/dlog p of a token: {d_chosen / m:.4f} if chosen (a share of 1/{m}),", end=" ")
+    print(f"{d_rejected / r:.4f} if rejected (1/{r})")
 
     (batch,) = data.micro_batches([pair], budget=10**6, sft_loss="response")
     output = train.forward(model, batch, lam, n_pairs=1, device=torch.device("cpu"))
@@ -95,8 +89,8 @@ def walk(line: int, lam: float):
             w -= STEP_SIZE * w.grad
         after = {n: token_logps(model, pair.prompt, getattr(pair, n)).mean() for n in means}
         again = train.forward(model, batch, lam, n_pairs=1, device=torch.device("cpu")).loss
-    print(f"\ntraining's packed, fused road: L = {output.loss.item():.4f}, apart by", end=" ")
-    print(f"{(output.loss - loss).abs().item():.0e}; gradient norm {squared.sqrt():.3f}")
+    print(f"\ntraining's packed, fused road: L = {output.loss.item():.4f}", end=" ")
+    print(f"(apart by {(output.loss - loss).abs().item():.0e}), gradient norm {squared.sqrt():.3f}")
     print(
         f"a step of {STEP_SIZE} along it: L falls by {output.loss.item() - again.item():.4f}",
         end=" ",
@@ -108,7 +102,7 @@ def walk(line: int, lam: float):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--line", type=int, default=1, help="of train.jsonl (1)")
+    parser.add_argument("--line", type=int, default=2, help="of train.jsonl (2)")
     parser.add_argument("--lam", type=float, default=0.5, help="weight of L_OR (0.5)")
     arguments = parser.parse_args()
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import orpo
 import train
 from model import Transformer
 
@@ -91,3 +92,33 @@ def test_help_is_grouped_and_fits_two_screens():
     assert len(text.splitlines()) <= 80
     for group in ("input and output:", "objective:", "optimizer:", "length:", "memory:", "run:"):
         assert group in text
+
+
+def test_every_test_function_and_file_that_it_names_is_there():
+    code = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
+    tests = re.findall(r"`(test_\w+)`", README)
+    assert len(tests) > 12
+    assert not [name for name in tests if f"def {name}(" not in code]
+    for module in (orpo, train):
+        for name in re.findall(rf"`{module.__name__}\.(\w+)`", README):
+            assert hasattr(module, name) or name == "py", name
+    for path in re.findall(r"(?:python |`|\()((?:bench|examples|tests)/[\w/.-]+\.\w+)", README):
+        assert (ROOT / path).is_file() or (ROOT / "examples" / path).is_file(), path
+
+
+def test_the_step_in_numbers_is_what_walk_py_prints():
+    command = [sys.executable, str(ROOT / "examples" / "walk.py")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    printed = re.sub(r" \(apart by .*?\)", "", done.stdout).splitlines()
+    quoted = README.partition("through the base model:\n")[2].partition("\nThe refusal")[0]
+    quoted = [line.removeprefix("    ") for line in quoted.splitlines() if line]
+    assert len(quoted) > 10
+    assert not [line for line in quoted if line not in printed]
+    (apart,) = re.findall(r"apart by (.*?)\)", done.stdout)
+    assert float(apart) < 1e-7  # nll_weight is float32
+
+
+def test_walk_py_refuses_a_line_that_is_not_there():
+    command = [sys.executable, str(ROOT / "examples" / "walk.py"), "--line", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--line" in done.stderr and "Traceback" not in done.stderr
