@@ -158,6 +158,7 @@ def test_a_step_does_the_operations_that_the_formula_counts():
     assert counted == needed - seen - unneeded
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_the_same_gradients():
     model, pairs = adapted(5), some_pairs(5, seed=5)
 
@@ -255,6 +256,7 @@ def test_what_a_run_exports_is_what_it_evaluated(arguments, tmp_path, dtype, cap
     assert rows[0]["eval_loss"] > 1.3 * rows[-1]["eval_loss"]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(folder, tmp_path):
     rows = []
     for n in (1, 2):
