@@ -16,8 +16,8 @@ Departures from the paper, each deliberate:
 
 1. The sign: Eq. 8-10 start from +log sigmoid, the ascent direction. Here it is the loss's.
 2. delta carries its inverse, delta = (1 + odds_w/odds_l)^-1 (Eq. 9), which common write-ups drop.
-3. L_SFT covers the tokens that `nll_weight` says: the chosen response, or all the tokens of prompt
-   and chosen. That is data, not a mode, so this file does not know the difference.
+3. In part 3 L_SFT covers the tokens that `nll_weight` says: the chosen response, or all the tokens
+   of prompt and chosen. That is data, not a mode: the code does not know the difference.
 4. The expectation is over the pairs of an optimizer step, whatever the micro-batches.
 5. At certainty (P = 1) loss and gradient are the limits, where public implementations give NaN.
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------
 # 1. The objective. There are only B numbers here, so everything is computed in float64: that
-#    costs nothing and a float32 caller gets every digit. (bf16 has 3 digits; -1e-8 matters.)
+#    costs nothing and a float32 caller gets every digit. (log P = -1e-8 is not 0.)
 
 LN2 = 0.6931471805599453
 
@@ -87,7 +87,8 @@ def odds_ratio_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
 #
 #       P_w = 1, P_l < 1:  loss 0; derivatives -P_l/(1 - P_l) and 0
 #       P_l = 1, P_w < 1:  a true pole: loss and db are +inf, da = -1/(1 - P_w)
-#       both 1:            there is no limit; the odds ratio is taken as 1: loss ln 2, delta 1/2
+#       both 1:            there is no limit; the odds ratio is taken as 1: loss ln 2, delta 1/2,
+#                          derivatives -inf and +inf
 
 
 def odds_ratio_grad(chosen_logps: Tensor, rejected_logps: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,12 +168,12 @@ def response_logps(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 
 class ORPOOutput(NamedTuple):
-    """Only `loss` carries a gradient. The rest is float64, and the two logps are means."""
+    """Only `loss` carries a gradient. The rest is float64."""
 
     loss: Tensor  # (), this micro-batch's share of the step's E[L_SFT + lam * L_OR]
     nll_loss: Tensor  # (), its share of the L_SFT term
     odds_ratio_loss: Tensor  # (B,), L_OR of each pair
-    chosen_logps: Tensor  # (B,)
+    chosen_logps: Tensor  # (B,), means over each response's tokens
     rejected_logps: Tensor  # (B,)
 
 
@@ -211,7 +212,7 @@ def fused_linear_orpo(
     hidden (P, D): gathered so that row t predicts targets[t]. The last prompt token predicts the
         first token of both responses, so its hidden state is there twice. Its dtype is that of
         the matrix products; log-probabilities and sums are float32 or float64 in any case.
-    lm_head (V, D): the vocabulary projection, V >= 2; its gradient is accumulated in float32.
+    lm_head (V, D): the vocabulary projection, V >= 2; its gradient is added up in float32.
     targets (P,): int64.
     response (P,): int64, 2*pair for a chosen token, 2*pair+1 for a rejected one, -1 for a prompt
         token (which only the SFT term can cover). Pairs are numbered from 0 in this micro-batch.
@@ -263,6 +264,7 @@ class _FusedLinearORPO(torch.autograd.Function):
 
             # log p_t. With r the logsumexp of the *other* logits, log p = log sigmoid(z - r) and
             # 1 - p = sigmoid(r - z) keep their digits where a log-softmax would have rounded to 0.
+            # (z, others and grad_z are one buffer, changed in place; grad_z is cast at the end.)
             z = (h @ weight.t()).to(result_dtype(hidden))  # (n, V), a very big tensor
             target_z = z.gather(1, target)
             others = z.scatter_(1, target, -torch.inf)
@@ -278,11 +280,12 @@ class _FusedLinearORPO(torch.autograd.Function):
 
             # One coefficient a token, dLoss/d log p_t, times 1 - p_t. The second factor is taken
             # in before anything else: a derivative of L_OR can be as large as 1/(1 - P), but
-            # (1 - p_t)/(1 - P) is at most m. (A pair is whole within a group; the mean of another
-            # group's pair is not final yet, and not used.)
+            # (1 - p_t)/(1 - P) is at most m. (The means are of all pairs, (B,) numbers; those of
+            # this group are final, as a pair is whole within it, and only theirs are read.)
             doubt = torch.sigmoid(-lead)  # 1 - p_t
             chosen, rejected = _mean_logps(sums, lengths)
-            d_response = torch.stack(odds_ratio_grad(chosen, rejected), dim=1).flatten()  # (2B,)
+            d_response = torch.stack(odds_ratio_grad(chosen, rejected), dim=1).flatten()  # (2B,),
+            # at 2*pair the chosen's, at 2*pair+1 the rejected's, as `response` counts
             d_response = torch.where(in_response[rows], d_response[s] * doubt / lengths[s], 0)
             coefficient = lam / n_pairs * d_response - nll_weight[rows] * doubt  # (n,)
 
@@ -297,7 +300,7 @@ class _FusedLinearORPO(torch.autograd.Function):
 
         chosen, rejected = _mean_logps(sums, lengths)
         pair_losses = _odds_ratio_value(chosen, rejected)
-        loss = nll + lam / n_pairs * pair_losses.sum()  # finite, by _mean_logps: lam 0 is fine
+        loss = nll + lam / n_pairs * pair_losses.sum()  # no 0 * inf, by _mean_logps
         if needs_grad:
             if grad_lm_head is None and lm_head.requires_grad:  # a micro-batch without predictions
                 grad_lm_head = torch.zeros_like(lm_head)

@@ -220,8 +220,13 @@ def sum_over_processes(tensors: list[torch.Tensor]):
         work.wait()
 
 
+def barrier():
+    """No process goes on before all have come here."""
+    largest_anywhere(0)
+
+
 def largest_anywhere(number: int) -> int:
-    """The largest of the processes' numbers. No process goes on before all have come here."""
+    """The largest of the processes' numbers."""
     x = torch.tensor(number)  # on the CPU, by gloo: the GPU is not waited for
     if world() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
@@ -340,9 +345,10 @@ def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
 def training_step(model: Transformer, optimizer, pairs: list[Pair], config: TrainConfig, device):
     """One update from these pairs: the outputs of its micro-batches, and the gradient's norm.
 
-    Where the loss or the norm is not finite there is no update, then or later: `found_inf` makes
-    Adam leave everything as it is, on the device and without the host's waiting, and as Adam
-    counts the updates that it makes, `train` can tell the step when it next looks.
+    Where the loss or the norm is not finite there is no update, then or later. `found_inf` is the
+    flag by which PyTorch's GradScaler tells a fused AdamW to leave everything as it is; we set it,
+    on the device, so the host waits for nothing. Adam counts the updates that it makes, so `train`
+    can tell the step when it next looks.
     """
     outputs = []
     with weights_ready(model):
@@ -351,10 +357,10 @@ def training_step(model: Transformer, optimizer, pairs: list[Pair], config: Trai
             output.loss.backward()  # a plain sum: every normaliser is the whole step's
             outputs.append(output)
     loss = torch.stack([output.loss.detach() for output in outputs]).sum()
-    # (FSDP2 has summed its gradients itself, in each backward pass.)
-    sum_over_processes([loss, *(p.grad for p in trainable(model) if not config.shard)])
+    # FSDP2 has summed its gradients itself, in each backward pass.
+    sum_over_processes([loss] + ([] if config.shard else [p.grad for p in trainable(model)]))
     clip = config.grad_clip or math.inf
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=True))
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(trainable(model), clip, foreach=True))
     optimizer.found_inf = optimizer.found_inf.maximum(~torch.isfinite(loss + grad_norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -366,8 +372,9 @@ def not_finite(model, pairs: list[Pair], rows: list, config: TrainConfig, device
     found = []
     for pair, row in zip(pairs, rows, strict=True):
         (batch,) = micro_batches([pair], config, dealt=False)
-        output = forward(model, batch, config.lam, len(pairs), device)
-        output.loss.backward()
+        with weights_ready(model):
+            output = forward(model, batch, config.lam, len(pairs), device)
+            output.loss.backward()
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trainable(model)]))
         terms = {"L_SFT": output.nll_loss, "L_OR": config.lam * output.odds_ratio_loss.sum()}
         terms = [k for k, x in terms.items() if not torch.isfinite(x.to(output.loss.dtype))]
@@ -403,7 +410,7 @@ def metrics_of(outputs: list, lam: float, n_pairs: int) -> dict[str, torch.Tenso
 
 
 def to_host(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """One device-to-host copy for all of them: this is the step's only CPU-GPU sync point."""
+    """One device-to-host copy for all of them: a CPU-GPU sync point, and a step has no other."""
     values = torch.stack([x.double() for x in metrics.values()]).tolist()
     return dict(zip(metrics, values, strict=True))
 
@@ -486,7 +493,7 @@ def save_checkpoint(out: Path, step: int, model, optimizer, config: TrainConfig)
             temporary.mkdir(parents=True)
             settings = json.dumps(dataclasses.asdict(config))
             (temporary / "config.json").write_text(settings, encoding="utf-8")
-        largest_anywhere(0)
+        barrier()
         dcp.save(training_state(model, optimizer), checkpoint_id=temporary)  # ends everywhere
         if rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
@@ -516,13 +523,15 @@ def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
                 print(f"{folder}: an older one is tried: {reason(error)}", file=sys.stderr)
     if folders:
         raise ValueError(f"{out / 'checkpoints'}: none can be read; remove it to start again")
+    print(f"--resume: no checkpoint yet in {out}: from the beginning")
     return 0
 
 
 def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
+    free = ("resume", "eval_only", "device", "out", "keep", "shard", "micro_batch_tokens")
+    free += ("activation_checkpointing", "compile", "log_every", "save_every")
     for name, now in dataclasses.asdict(config).items():
-        free = name in ("resume", "eval_only", "device", "out", "keep", "shard")
-        if not free and now != then.get(name):
+        if name not in free and now != then.get(name):
             raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
 
 
@@ -727,7 +736,9 @@ def estimate_memory(
     # they normalise in float32, what they scale, what comes out); queries before and after
     # rotary, keys before it, keys and values gathered; attention's output; the MLP's wide tensors.
     norms = (2 if c.parallel is False else 1) * (2 + 4 // size) * c.dim
-    block = n * (norms + 3 * heads + kv + (4 if c.gated else 2) * c.hidden_dim) + 2 * keys * kv
+    turned = heads + kv if c.rotary_dim else 0
+    wide = c.hidden_dim * (4 if c.gated else 1 if c.activation == "relu" else 2)
+    block = n * (norms + 2 * heads + turned + wide) + 2 * keys * kv
     if size == 2 and model.device.type == "cpu":  # attention in parts keeps its weights
         block += c.n_heads * sum((p + m) ** 2 + r * (p + r) for p, m, r in lengths)
     block *= size
@@ -830,8 +841,9 @@ def try_micro_batch(model: Transformer, optimizer, pairs: list[Pair], config: Tr
             p.grad = torch.zeros_like(p)
         optimizer.found_inf.fill_(1)
         optimizer.step()
-        for batch in micro_batches(pairs, config, dealt=False):
-            forward(model, batch, config.lam, len(pairs), device).loss.backward()
+        with weights_ready(model):
+            for batch in micro_batches(pairs, config, dealt=False):
+                forward(model, batch, config.lam, len(pairs), device).loss.backward()
     except torch.OutOfMemoryError:
         raise ValueError(
             f"the largest micro-batch, {n} tokens, does not fit {config.device}; "
@@ -861,7 +873,7 @@ def train(config: TrainConfig) -> int | None:
     try_micro_batch(model, optimizer, largest, config, device)
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     answers_before = answers(model, tokenizer, shown, 64, device)
-    largest_anywhere(0)  # every process has looked into --out
+    barrier()  # every process has looked into --out
     if rank() == 0:
         claim_folder(config, replace=True)
     first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
@@ -1006,7 +1018,8 @@ def main(argv=None):
     if dist.is_initialized():
         # At once, past the interpreter's own clearing up: in it FSDP2 over gloo aborts now and
         # then, after all is done, and after an error NCCL would wait for the other processes.
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         if status == 0:
             dist.destroy_process_group()
         os._exit(status)

@@ -59,6 +59,7 @@ ROWS = [
     Row("OPT-125M"),
     Row("Qwen2-0.5B"),
     Row("Qwen2-0.5B", True),
+    Row("Phi-2"),
     Row("Phi-2", True),
     Row("Phi-2", True, lora=16),
     Row("Llama-2-7B", True),

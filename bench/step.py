@@ -2,6 +2,7 @@
 machine's own matrix-product rate, memory.
 
     python bench/step.py [--set short|long] [--dtype float32|bfloat16] [--steps N] [--threads N]
+    torchrun --nproc-per-node N bench/step.py --threads 1 ...      the same steps over N processes
 
 A step is what train.py does between two rows of metrics: packing, forward, backward, clipping at
 1.0, AdamW, `--sft-loss full`, lam 0.1, float32 master weights. The model is a Llama of 6 layers,
@@ -177,9 +178,11 @@ def measure(args):
         **{"peak_gb": memory_gb(), "loaded_gb": before},
         **{"torch": torch.__version__, "machine": platform.machine()},
     }
-    for name, value in result.items():
-        print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
-    print(json.dumps(result))
+    if train.rank() == 0:
+        result["processes"] = train.world()
+        for name, value in result.items():
+            print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
+        print(json.dumps(result))
 
 
 class Parser(argparse.ArgumentParser):

@@ -64,14 +64,14 @@ def walk(line: int, lam: float):
             f"odds = P/(1-P) = {odds[name]:.4f}"
         )
 
-    x = (odds["chosen"] / odds["rejected"]).log()
-    sft, l_or = -means["chosen"], -torch.sigmoid(x).log()
+    s = (odds["chosen"] / odds["rejected"]).log()
+    sft, l_or = -means["chosen"], -torch.sigmoid(s).log()
     loss = sft + lam * l_or
-    print(f"\nx = log odds ratio = log({odds['chosen']:.4f} / {odds['rejected']:.4f}) = {x:.4f}")
-    print(f"L_SFT = -log P(chosen) = {sft:.4f}   L_OR = -log sigmoid(x) = {l_or:.4f}")
+    print(f"\ns = log odds ratio = log({odds['chosen']:.4f} / {odds['rejected']:.4f}) = {s:.4f}")
+    print(f"L_SFT = -log P(chosen) = {sft:.4f}   L_OR = -log sigmoid(s) = {l_or:.4f}")
     print(f"L = L_SFT + {lam} L_OR = {loss:.4f}")
 
-    delta = 1 / (1 + x.exp())
+    delta = 1 / (1 + s.exp())
     d_chosen = -1 - lam * delta / (1 - means["chosen"].exp())
     d_rejected = lam * delta / (1 - means["rejected"].exp())
     print(f"\ndelta = 1/(1 + odds ratio) = {delta:.4f}")

@@ -167,6 +167,17 @@ def test_resuming_with_other_settings_is_refused_by_name(arguments, capsys):
     assert "lam" in message and "0.5" in message and "0.1" in message
 
 
+def test_a_run_goes_on_with_smaller_micro_batches(arguments, tmp_path, monkeypatch):
+    """Whoever ran out of memory can."""
+    whole = run(arguments, "--out", str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 8)
+        run(arguments, "--save-every", "5")
+    smaller = ["--micro-batch-tokens", "60", "--activation-checkpointing", "--save-every", "3"]
+    for row, wanted in zip(steps(run(arguments, "--resume", *smaller)), steps(whole), strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+
+
 def test_a_moved_run_can_be_resumed(arguments, tmp_path):
     whole = run(arguments, "--save-every", "5")
     (tmp_path / "out").rename(tmp_path / "elsewhere")
