@@ -367,9 +367,9 @@ def training_step(model: Transformer, optimizer, pairs: list[Pair], config: Trai
     return outputs, grad_norm
 
 
-def not_finite(model, pairs: list[Pair], rows: list, config: TrainConfig, device) -> str:
-    """Where a step's loss or gradient is not finite: its pairs one by one, on the same weights."""
-    found = []
+def not_finite(model, pairs: list[Pair], rows: list, step: int, config: TrainConfig, device) -> str:
+    """What in a step was not finite: its pairs one by one, on the weights that it had."""
+    pairs, rows, found = step_pairs(pairs, step, config), step_pairs(rows, step, config), []
     for pair, row in zip(pairs, rows, strict=True):
         (batch,) = micro_batches([pair], config, dealt=False)
         with weights_ready(model):
@@ -381,7 +381,8 @@ def not_finite(model, pairs: list[Pair], rows: list, config: TrainConfig, device
         terms += ["its gradient"] * (not terms and not torch.isfinite(norm))
         found += [f"{row.where} ({' and '.join(terms)})"] * bool(terms)
         model.zero_grad(set_to_none=True)
-    return f"{', '.join(found[:3])}{', ...' * (len(found) > 3)}" or "the sum over all of its rows"
+    where = f"{', '.join(found[:3])}{', ...' * (len(found) > 3)}" or "the sum over all of its rows"
+    return f"step {step}: not finite: {where}; nothing was updated or saved"
 
 
 def metrics_of(outputs: list, lam: float, n_pairs: int) -> dict[str, torch.Tensor]:
@@ -688,7 +689,7 @@ def load_inputs(config: TrainConfig, device):
         if not train_rows:
             raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
     limits = config.max_length, config.max_prompt_length
-    quiet = rank() > 0 or None
+    quiet = rank() > 0 or None  # None: where there is no terminal
     progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=quiet, leave=False)
     sets = []
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
@@ -853,7 +854,7 @@ def try_micro_batch(model: Transformer, optimizer, pairs: list[Pair], config: Tr
     optimizer.zero_grad(set_to_none=True)
 
 
-def train(config: TrainConfig) -> int | None:
+def train(config: TrainConfig) -> int:
     """One run, from the plan that is printed to the model that is saved; its exit status."""
     device = pick_device(config)
     out = claim_folder(config)
@@ -866,7 +867,8 @@ def train(config: TrainConfig) -> int | None:
         return row
 
     if config.eval_only:
-        return print(json.dumps(evaluation(0)))
+        print(json.dumps(evaluation(0)))
+        return 0
 
     total, largest = plan(model, pairs, config)
     optimizer = make_optimizer(model, config)
@@ -904,12 +906,9 @@ def train(config: TrainConfig) -> int | None:
 
             row = metrics_of(outputs, config.lam, len(members)) | {"grad_norm": grad_norm}
             row = to_host(row | {"updates": optimizer.state[trainable(model)[0]]["step"]})
-            if (updates := int(row.pop("updates"))) < step:
-                members, where = (step_pairs(x, updates + 1, config) for x in (pairs, rows))
-                where = not_finite(model, members, where, config, device)
-                raise ValueError(
-                    f"step {updates + 1}: not finite: {where}; nothing was updated or saved"
-                )
+            updates = int(row.pop("updates"))
+            if updates < step:  # none since the first that was not finite
+                raise ValueError(not_finite(model, pairs, rows, updates + 1, config, device))
             if logs:
                 row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
                 seconds = time.perf_counter() - clock
@@ -946,6 +945,7 @@ def train(config: TrainConfig) -> int | None:
     for prompt, before, after in zip(shown, answers_before, answers_after, strict=True):
         print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")
     print(f"\nwrote {out}/metrics.jsonl and {out}/model, a Hugging Face folder")
+    return 0
 
 
 def due(step: int, every: int) -> bool:
@@ -1010,7 +1010,7 @@ def print_changes(out: Path, total: int):
 
 def main(argv=None):
     try:
-        status = train(parse(argv)) or 0
+        status = train(parse(argv))
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         who = f"train.py, process {rank()}" if rank() else "train.py"
         print(f"{who}: {error}", file=sys.stderr)
