@@ -414,7 +414,7 @@ def main(argv=None):
         from peers_politeness import write_split
 
         files = args.real[0], *write_split(args.real[1], args.out, n_train=900)
-        sizes |= {"lrs": [3e-4, 1e-3, 3e-3], "batch_size": 8, "n_asked": 40, "max_new": 64}
+        sizes |= {"lrs": [1e-4, 3e-4, 1e-3, 3e-3], "batch_size": 8, "n_asked": 40, "max_new": 64}
     paths = [os.path.relpath(file) for file in files]
     results = compare(Task(*paths, not args.real, list(LOSSES), **sizes), args.out)
     write_report(results, args.report)

@@ -144,11 +144,12 @@ def cost_of(results: dict, name: str) -> dict:
 
 
 def half_the_forward_passes(results: dict) -> Verdict:
-    orpo, dpo, once = (cost_of(results, name) for name in (ORPO[0.5], DPO, ONCE))
+    orpo, sft, dpo, once = (cost_of(results, name) for name in (ORPO[0.5], SFT, DPO, ONCE))
     return Verdict(
         "without a reference model: half of DPO's forward passes, less memory (Sec. 7.3)",
         abs(dpo["responses"] / orpo["responses"] - 2) < 0.02 and orpo["tensor"] < dpo["tensor"],
-        f"forward passes a pair {orpo['responses']:.2f}, DPO's {dpo['responses']:.2f}; tensors at "
+        f"forward passes a pair {orpo['responses']:.2f}, DPO's {dpo['responses']:.2f} (with SFT's "
+        f"half of the run {(sft['responses'] + dpo['responses']) / 2:.2f}); tensors at "
         f"the peak {orpo['tensor']:.1f} and {dpo['tensor']:.1f} MB (the reference's weights are "
         f"{orpo['weight']:.1f}); ms a step {orpo['ms']:.0f} and {dpo['ms']:.0f}, which is "
         f"{dpo['ms'] / orpo['ms']:.2f} times, as the backward pass is the same. With the "
@@ -249,6 +250,8 @@ def as_markdown(results: dict, verdicts: list[Verdict]) -> str:
         passes = f"{c['responses']:.2f}" + (f" + {c['once']:.2f} once" if name == ONCE else "")
         numbers = (f"{c[key]:.1f}" for key in ("tokens", "tensor", "process"))
         rows.append([name, f"{c['ms']:.0f} ({c['low']:.0f} to {c['high']:.0f})", passes, *numbers])
+    ends = task["lrs"][0], task["lrs"][-1]
+    edge = [m for m, lr in lrs.items() if lr in ends and len(task["lrs"]) > 1]
     text += [
         "## What a step costs\n",
         table(rows),
@@ -263,7 +266,8 @@ def as_markdown(results: dict, verdicts: list[Verdict]) -> str:
               + [[m, *(f"**{x['score']:.3f}**" if float(lr) == lrs[m] else f"{x['score']:.3f}"
                        for lr, x in by_lr.items())] for m, by_lr in results["sweep"].items()]),
         ("Share of accepted answers, sampled once" if checked else "Minus the method's own loss")
-        + " (the best in bold; of equals the smallest rate).\n",
+        + " (the best in bold; of equals the smallest rate). "
+        + (f"Best at an end of the grid, perhaps beyond: {', '.join(edge)}.\n" if edge else "\n"),
         "![log-probabilities of chosen and rejected through training](logps.svg)\n",
         "![margin for lam 0.1, 0.5 and 1.0 through training](margin.svg)",
     ]  # fmt: skip
@@ -277,11 +281,11 @@ def draw(results: dict, folder: Path):
               RATIO: "probability ratio, lam 0.5"}  # fmt: skip
     figure, axes = plt.subplots(1, 4, figsize=(8.4, 2.7), sharey=True, layout="constrained")
     for ax, (method, title) in zip(axes, panels.items(), strict=True):
-        for name, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        for name, colour, line in (("chosen", CHOSEN, "-"), ("rejected", REJECTED, "--")):
             for run in results["runs"][method]:
                 steps = [row["step"] for row in run["curve"]]
-                ax.plot(steps, [row[name] for row in run["curve"]], color=colour, lw=1.1)
-            ax.plot([], [], color=colour, label=name)
+                ax.plot(steps, [row[name] for row in run["curve"]], line, color=colour, lw=1.1)
+            ax.plot([], [], line, color=colour, label=name)
         if method == DPO:
             ax.axvline(results["task"]["steps"] // 2, color=GREY, lw=0.8, ls=":")
         ax.set_title(title, fontsize=10, color=GREY)
@@ -303,6 +307,7 @@ def draw(results: dict, folder: Path):
 
 
 def write_report(results: dict, folder: Path):
+    """README.md, results.json with the verdicts, and two figures; prints the verdicts."""
     verdicts = [judge(results) for judge in VERDICTS]
     folder.mkdir(parents=True, exist_ok=True)
     for verdict in verdicts:

@@ -208,7 +208,12 @@ def test_win_rate_counts_ties_as_half():
 
 @pytest.mark.parametrize(
     ("differences", "expected"),
-    [([1.0, 1.1, 0.9], True), ([1.0, 1.1, -0.1], False), ([0.1, 0.1, 3.0], False), ([2.0], True)],
+    [
+        ([1.0, 1.1, 0.9], True),
+        ([0.1, 0.1, 3.0], False),  # mean 1.07, standard error 0.97
+        ([1.0, 1.0, 1.0, 1.0, -0.01], False),  # mean 0.80, standard error 0.20
+        ([2.0], True),
+    ],
 )
 def test_a_difference_is_clear_with_every_seed_and_beyond_its_error(differences, expected):
     assert report.clear(differences) is expected
