@@ -289,10 +289,11 @@ def cost(name: str, task: Task, n_steps: int) -> dict:
     for x in counts:
         x |= dict.fromkeys(x, 0)
     n_pairs = sum(map(len, steps))
-    seconds = [measures.seconds_of(step) for _ in range(n_steps)]
+    seconds, cpu_seconds = zip(*(measures.seconds_of(step) for _ in range(n_steps)), strict=True)
     passes, tokens = (sum(x[key] for x in counts) / n_pairs for key in ("responses", "tokens"))
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "responses": passes,  # forward passes a pair, in every step
         "once": once,  # and before the first
         "tokens": tokens,

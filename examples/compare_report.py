@@ -135,7 +135,8 @@ def cost_of(results: dict, name: str) -> dict:
     parts = results["cost"][name]
     seconds = [1000 * s for part in parts for s in part["seconds"]]
     low, middle, high = statistics.quantiles(seconds, n=4)
-    found = {"ms": middle, "low": low, "high": high}
+    cpu = statistics.median(1000 * s for part in parts for s in part["cpu_seconds"])
+    found = {"ms": middle, "low": low, "high": high, "cpu": cpu}
     for key in ("responses", "tokens", "once"):
         found[key] = statistics.median(part[key] for part in parts)
     for key in ("tensor", "process", "weight"):
@@ -151,10 +152,10 @@ def half_the_forward_passes(results: dict) -> Verdict:
         f"forward passes a pair {orpo['responses']:.2f}, DPO's {dpo['responses']:.2f} (with SFT's "
         f"half of the run {(sft['responses'] + dpo['responses']) / 2:.2f}); tensors at "
         f"the peak {orpo['tensor']:.1f} and {dpo['tensor']:.1f} MB (the reference's weights are "
-        f"{orpo['weight']:.1f}); ms a step {orpo['ms']:.0f} and {dpo['ms']:.0f}, which is "
-        f"{dpo['ms'] / orpo['ms']:.2f} times, as the backward pass is the same. With the "
+        f"{orpo['weight']:.1f}); CPU ms a step {orpo['cpu']:.0f} and {dpo['cpu']:.0f}, which "
+        f"is {dpo['cpu'] / orpo['cpu']:.2f} times, as the backward pass is the same. With the "
         f"reference's log-probabilities computed once: {once['responses']:.2f} and "
-        f"{once['once']:.2f} before training, {once['tensor']:.1f} MB, {once['ms']:.0f} ms",
+        f"{once['once']:.2f} before training, {once['tensor']:.1f} MB, {once['cpu']:.0f} ms",
     )
 
 
@@ -243,13 +244,14 @@ def as_markdown(results: dict, verdicts: list[Verdict]) -> str:
                 )
             rows.append(row)  # fmt: skip
         text += ["Win rates in %, sampled answers, by the checker (ties 1/2):\n", table(rows)]
-    rows = [["method", "ms a step (quartiles)", "forward passes a pair", "tokens a pair",
+    rows = [["method", "ms a step (quartiles)", "CPU ms", "forward passes a pair", "tokens a pair",
              "tensors at the peak, MB", "process grows by, MB"]]  # fmt: skip
     for name in results["cost"]:
         c = cost_of(results, name)
         passes = f"{c['responses']:.2f}" + (f" + {c['once']:.2f} once" if name == ONCE else "")
         numbers = (f"{c[key]:.1f}" for key in ("tokens", "tensor", "process"))
-        rows.append([name, f"{c['ms']:.0f} ({c['low']:.0f} to {c['high']:.0f})", passes, *numbers])
+        time = f"{c['ms']:.0f} ({c['low']:.0f} to {c['high']:.0f})"
+        rows.append([name, time, f"{c['cpu']:.0f}", passes, *numbers])
     ends = task["lrs"][0], task["lrs"][-1]
     edge = [m for m, lr in lrs.items() if lr in ends and len(task["lrs"]) > 1]
     text += [

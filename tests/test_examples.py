@@ -235,7 +235,13 @@ def made_up_results(chosen: float, rejected: float, of: dict) -> dict:
         return figures
 
     methods = list(compare.LOSSES)
-    part = {"seconds": [0.1, 0.2], "tokens": 9.0, "once": 0.0, "process_bytes": 0}
+    part = {
+        "seconds": [0.1, 0.2],
+        "cpu_seconds": [0.1, 0.1],
+        "tokens": 9.0,
+        "once": 0.0,
+        "process_bytes": 0,
+    }
     part |= {"tensor_bytes": 2**20, "weight_bytes": 2**20, "responses": 2.0}
     costs = {m: [part] for m in (*methods, report.ONCE)}
     costs[report.DPO] = [part | of.get("cost", {})]
