@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+import orpo
 import train
 
 ROOT = Path(data.__file__).resolve().parent
@@ -169,6 +170,23 @@ def test_orpo_is_train_pys_and_the_chosen_branch_alone_is_sfts(base_and_pairs):
         for p, grad in zip(model.parameters(), grads, strict=True):
             torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-5)
         model.zero_grad()
+
+
+@torch.no_grad()
+def test_logps_are_those_of_each_sequence_alone(base_and_pairs):
+    """By the plain road: sums are the means of orpo.response_logps times the tokens."""
+    model, pairs = base_and_pairs
+    found = compare.logps(model, compare.pack(pairs, chosen_only=False))
+    for side in ("chosen", "rejected"):
+        for pair, total, mean in zip(
+            pairs, getattr(found, f"{side}_sum"), getattr(found, side), strict=True
+        ):
+            response = getattr(pair, side)
+            tokens = torch.tensor([pair.prompt + response])
+            mask = torch.arange(1, tokens.shape[1])[None] >= len(pair.prompt)
+            alone = orpo.response_logps(model(tokens[:, :-1]), tokens[:, 1:], mask)
+            assert mean.item() == pytest.approx(alone.item(), abs=1e-5)
+            assert total.item() == pytest.approx(alone.item() * len(response), abs=1e-4)
 
 
 def test_forward_passes_are_counted_where_they_enter_the_model(base_and_pairs):
