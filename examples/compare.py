@@ -196,6 +196,15 @@ def held_out_logps(model, pairs: list[Pair], near: list[bool]) -> dict[str, floa
     return {name: round(values.mean().item(), 5) for name, values in row.items()}
 
 
+def centre(base: Transformer, tokenizer, rows: list) -> Tensor:
+    """(D,): the mean embedding of the held-out pairs' own answers, the same for every method.
+
+    What all answers share makes every cosine large: less this, they tell answers apart.
+    """
+    own = [text.strip() for row in rows for text in (row.chosen, row.rejected)]
+    return measures.embed(base, tokenizer, own).mean(0)
+
+
 def fit(job: Job, task: Task, model: Transformer, pairs: list[Pair], watch):
     """Trains the model; calls watch(step) after each update; returns what the loss refers to."""
     done, reference = 0, None
@@ -249,11 +258,8 @@ def run(job: Job, task: Task) -> dict:
             greedy = measures.sample(model, tokenizer, asked, 0, task.max_new, job.seed)
             result["greedy"] = measures.hits(greedy, asked_rows)
         x = measures.embed(base, tokenizer, list(itertools.chain(*texts)))
-        # What all answers share makes every cosine large; so once more without it: less the mean
-        # of the held-out pairs' own answers, the same for every method.
-        own = [text.strip() for r in held_out_rows for text in (r.chosen, r.rejected)]
         result["PID raw"], result["AID raw"] = measures.diversity(x)
-        x = x - measures.embed(base, tokenizer, own).mean(0)
+        x = x - centre(base, tokenizer, held_out_rows)
         result["PID"], result["AID"] = measures.diversity(x)
         result["answers"] = [t[:2] for t in texts[:3]]
     return result | {"seconds": time.perf_counter() - start}
@@ -325,11 +331,15 @@ def kept(file: Path, key, make, *arguments) -> dict:
     return result
 
 
+def file_name(*parts) -> str:
+    return "-".join(map(str, parts)).replace(" ", "").replace(",", "") + ".json"
+
+
 def run_all(jobs: list[Job], task: Task, out: Path, workers) -> dict[Job, dict]:
     settings = task._replace(methods=[], lrs=[], seeds=[])  # a run knows nothing of the others
     futures = {}
     for job in jobs:
-        file = out / "runs" / ("-".join(map(str, job)).replace(" ", "").replace(",", "") + ".json")
+        file = out / "runs" / file_name(*job)
         futures[workers.submit(kept, file, [job, settings], run, job, task)] = job
     results = {}
     for i, future in enumerate(concurrent.futures.as_completed(futures), 1):
@@ -361,7 +371,7 @@ def best(by_lr: dict[float, dict]) -> float:
 
 def compare(task: Task, out: Path, rounds: int = 3) -> dict:
     """All runs, and the figures that `compare_report` judges."""
-    start = time.perf_counter()
+    start, clock, n_files = time.perf_counter(), out / "seconds.txt", len(list(out.rglob("*.json")))
     with pool(2) as workers:
         swept = sweep(task, out, workers)
         lrs = {m: best(by_lr) for m, by_lr in swept.items()}
@@ -374,10 +384,19 @@ def compare(task: Task, out: Path, rounds: int = 3) -> dict:
     n_steps = min(20, task.steps)
     with pool(1, max_tasks_per_child=1) as worker:  # nothing beside it, a fresh process each
         for i, name in itertools.product(range(rounds), costs):
-            file, key = out / "costs" / f"{name}-{i}.json", [name, task.model, task.train, n_steps]
-            costs[name].append(worker.submit(kept, file, key, cost, name, task, n_steps).result())
+            file, key = out / "costs" / file_name(name, i), [name, task.model, task.train, n_steps]
+            measured = functools.partial(worker.submit, cost, name, task, n_steps)
+            costs[name].append(kept(file, key, lambda submit=measured: submit().result()))
             ms = 1000 * statistics.median(costs[name][-1]["seconds"])
             print(f"cost of {name}: {ms:.0f} ms a step", flush=True)
+    base, tokenizer, _, (_, rows) = load(task)
+    chosen = measures.embed(base, tokenizer, [row.chosen.strip() for row in rows[: task.n_asked]])
+    of_chosen = {"AID": measures.similarity(chosen - centre(base, tokenizer, rows))}
+    of_chosen["AID raw"] = measures.similarity(chosen)
+    spent = float(clock.read_text()) if clock.is_file() else 0.0  # by interrupted calls
+    if len(list(out.rglob("*.json"))) > n_files:
+        spent += time.perf_counter() - start
+        clock.write_text(str(spent))
     every = [*final.values(), *(r for by_lr in swept.values() for r in by_lr.values())]
     machine = {"cpu": measures.cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
     machine |= {"python": platform.python_version(), "date": date.today().isoformat()}
@@ -390,9 +409,10 @@ def compare(task: Task, out: Path, rounds: int = 3) -> dict:
         "sweep": {m: {f"{lr:g}": r for lr, r in by_lr.items()} for m, by_lr in swept.items()},
         "lr": lrs,
         "runs": {m: [final[job] for job in jobs[m]] for m in jobs},
+        "chosen answers": of_chosen,
         "cost": costs,
         "seconds": {
-            "this call": time.perf_counter() - start,
+            "by the clock": spent,
             "all runs, added up": sum(r["seconds"] for r in every),
         },
         "machine": machine,

@@ -73,7 +73,7 @@ def sft_raises_both(results: dict) -> Verdict:
     return Verdict(
         "SFT raises the log-probabilities of chosen and of rejected (Fig. 3)",
         clear(up["chosen"]) and clear(up["rejected"]),
-        f"change of chosen {spread(up['chosen'])}, of rejected {spread(up['rejected'])} (at its "
+        f"Change of chosen {spread(up['chosen'])}, of rejected {spread(up['rejected'])} (at its "
         f"highest on the way {spread(highest)}; of rejected answers that begin as the chosen do "
         f"{spread(up['near'])}). Rejected at each learning rate of the sweep: {tried}",
     )
@@ -91,8 +91,9 @@ def orpo_separates(results: dict) -> Verdict:
     return Verdict(
         "ORPO separates them: chosen stay or rise, rejected fall, and further than by SFT (Fig. 7)",
         clear([-x for x in rejected]) and not clear([-x for x in chosen]) and clear(wider),
-        f"lam 1.0: change of chosen {spread(chosen)}, of rejected {spread(rejected)}, margin less "
-        f"SFT's {spread(wider)}. {others}",
+        f"Lam 1.0: change of chosen {spread(chosen)}, of rejected {spread(rejected)}; less SFT's, "
+        f"rejected {spread(less(last(runs, 'rejected'), last(sft, 'rejected')))} and margin "
+        f"{spread(wider)}. {others}",
     )
 
 
@@ -106,7 +107,7 @@ def ratio_over_suppresses(results: dict) -> Verdict:
     return Verdict(
         "the probability ratio pushes the rejected lower than the odds ratio does (Sec. 7.1)",
         clear(lower),
-        f"rejected at the end {spread(ratio)} by ratio (beta {results['ratio_beta']:g}), "
+        f"Rejected at the end {spread(ratio)} by ratio (beta {results['ratio_beta']:g}), "
         f"{spread(odds)} by odds, lower by {spread(lower)}. Both at equal learning rates: "
         + at_each_lr(results, both),
     )
@@ -124,7 +125,8 @@ def larger_lam_widens(results: dict) -> Verdict:
     return Verdict(
         "a larger lam widens the margin (App. E)",
         all(map(clear, gains)),
-        "; ".join(f"lam {lam} {spread(x)}" for lam, x in margins.items())
+        "Margins: "
+        + "; ".join(f"lam {lam} {spread(x)}" for lam, x in margins.items())
         + f". In this order at {sum(equal)} of {len(equal)} equal learning rates of the sweep: "
         + at_each_lr(results, row).replace(" < ", ", "),
     )
@@ -149,7 +151,7 @@ def half_the_forward_passes(results: dict) -> Verdict:
     return Verdict(
         "without a reference model: half of DPO's forward passes, less memory (Sec. 7.3)",
         abs(dpo["responses"] / orpo["responses"] - 2) < 0.02 and orpo["tensor"] < dpo["tensor"],
-        f"forward passes a pair {orpo['responses']:.2f}, DPO's {dpo['responses']:.2f} (with SFT's "
+        f"Forward passes a pair {orpo['responses']:.2f}, DPO's {dpo['responses']:.2f} (with SFT's "
         f"half of the run {(sft['responses'] + dpo['responses']) / 2:.2f}); tensors at "
         f"the peak {orpo['tensor']:.1f} and {dpo['tensor']:.1f} MB (the reference's weights are "
         f"{orpo['weight']:.1f}); CPU ms a step {orpo['cpu']:.0f} and {dpo['cpu']:.0f}, which "
@@ -165,10 +167,12 @@ def less_alike_across_inputs(results: dict) -> Verdict:
         for name in ("AID", "PID", "AID raw", "PID raw")
     }
     text = "; ".join(f"{name} {spread(a)} and {spread(b)}" for name, (a, b) in figures.items())
+    aid, pid = clear(less(*figures["AID"][::-1])), clear(less(*figures["PID"]))
     return Verdict(
         "ORPO's answers are less alike across inputs (AID) than DPO's, more for one (PID) (Tab. 4)",
-        clear(less(*figures["AID"][::-1])) and clear(less(*figures["PID"])),
-        f"ORPO (lam 0.5) and SFT then DPO: {text}",
+        aid and pid,
+        f"AID alone: {'yes' if aid else 'no'}; PID alone: {'yes' if pid else 'no'}. ORPO (lam 0.5) and SFT then DPO: {text}. The chosen answers themselves: "
+        + ", ".join(f"{name} {x:.3f}" for name, x in results["chosen answers"].items()),
     )
 
 
@@ -204,9 +208,9 @@ def as_markdown(results: dict, verdicts: list[Verdict]) -> str:
         + ("answers to" if checked else "each method's own loss on")
         + " training pairs held out for that). `examples/compare.py` wrote this file.\n",
         f"`{machine['command']}`, {machine['date']}, {machine['cpu']}, {machine['cores']} cores, "
-        f"Python {machine['python']}, torch {machine['torch']}. This call took "
-        f"{seconds['this call']:.0f} s, all runs added up {seconds['all runs, added up']:.0f} s, "
-        "two at a time (finished runs are not repeated).\n",
+        f"Python {machine['python']}, torch {machine['torch']}. It took "
+        f"{seconds['by the clock']:.0f} s by the clock; the runs, two at a time, add up to "
+        f"{seconds['all runs, added up']:.0f} s.\n",
         "## The paper's claims\n",
         "Reproduced means: the same sign with every seed, and by more than two standard errors.\n",
         *(f"{i}. **{verdict}.** {verdict.figures}.\n" for i, verdict in enumerate(verdicts, 1)),

@@ -269,7 +269,8 @@ def made_up_results(chosen: float, rejected: float, of: dict) -> dict:
         "sweep": {m: {"0.001": one(m, 0.0)} for m in methods},
         "runs": {m: [one(m, j) for j in (0.0, 0.01, 0.02)] for m in ("base model", *methods)},
         "cost": costs,
-        "seconds": {"this call": 1.0, "all runs, added up": 1.0},
+        "chosen answers": {"AID": 0.5, "AID raw": 0.5},
+        "seconds": {"by the clock": 1.0, "all runs, added up": 1.0},
         "machine": dict.fromkeys(("cpu", "cores", "torch", "python", "date", "command"), "x"),
     }
 
