@@ -99,14 +99,15 @@ def orpo_separates(results: dict) -> Verdict:
 
 def ratio_over_suppresses(results: dict) -> Verdict:
     ratio, odds = (last(results["runs"][m], "rejected") for m in (RATIO, ORPO[0.5]))
-    lower = less(odds, ratio)
+    lower, margin = less(odds, ratio), statistics.mean(last(results["runs"][ORPO[0.5]], "margin"))
 
     def both(lr: str) -> str:
         return " and ".join(f"{swept(results, m, lr, 'rejected'):.3f}" for m in (RATIO, ORPO[0.5]))
 
     return Verdict(
-        "the probability ratio pushes the rejected lower than the odds ratio does (Sec. 7.1)",
-        clear(lower),
+        "the probability ratio pushes the rejected lower than the odds ratio does, by more than a "
+        "tenth of the latter's margin (Sec. 7.1)",
+        clear(lower) and statistics.mean(lower) > margin / 10,
         f"Rejected at the end {spread(ratio)} by ratio (beta {results['ratio_beta']:g}), "
         f"{spread(odds)} by odds, lower by {spread(lower)}. Both at equal learning rates: "
         + at_each_lr(results, both),
@@ -171,7 +172,8 @@ def less_alike_across_inputs(results: dict) -> Verdict:
     return Verdict(
         "ORPO's answers are less alike across inputs (AID) than DPO's, more for one (PID) (Tab. 4)",
         aid and pid,
-        f"AID alone: {'yes' if aid else 'no'}; PID alone: {'yes' if pid else 'no'}. ORPO (lam 0.5) and SFT then DPO: {text}. The chosen answers themselves: "
+        f"AID alone: {'yes' if aid else 'no'}; PID alone: {'yes' if pid else 'no'}. "
+        f"ORPO (lam 0.5) and SFT then DPO: {text}. The chosen answers themselves: "
         + ", ".join(f"{name} {x:.3f}" for name, x in results["chosen answers"].items()),
     )
 
