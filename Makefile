@@ -38,6 +38,9 @@ task: .venv/run  ## rebuild the built-in task: facts, tokenizer, base model, pai
 plot: .venv/dev  ## draw the figure of the last built-in run
 	$(BIN)/python examples/plot.py out/builtin
 
+compare: .venv/dev ## SFT, DPO and ORPO on the built-in task, tables and figures: 25 minutes on two busy cores
+	$(BIN)/python examples/compare.py $(ARGS)
+
 clean:           ## remove environments, caches and runs
 	rm -rf .venv .venv-peers out .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -58,4 +61,4 @@ clean:           ## remove environments, caches and runs
 	$(PEERS)/python -m pip install -q --no-deps liger-kernel
 	touch $@
 
-.PHONY: help train test test-slow test-peers gradcheck bench conformance lint task plot clean
+.PHONY: help train test test-slow test-peers gradcheck bench conformance compare lint task plot clean

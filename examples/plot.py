@@ -1,6 +1,8 @@
-"""Draws a run from its metrics.jsonl: log-probabilities, log odds ratio, and the loss's terms.
+"""Draws runs from their metrics.jsonl: log-probabilities, margin, accuracy, and the loss's terms.
 
 python examples/plot.py OUT [OUT ...] [--save FILE.svg]     (needs matplotlib, requirements-dev.txt)
+
+One run has a colour a metric; several have a colour a run.
 """
 
 import argparse
@@ -10,16 +12,16 @@ from pathlib import Path
 
 GREY = "#808080"  # readable on white and on black, as is no background at all
 CHOSEN, REJECTED, OTHER = "#2a9d5c", "#d1495b", "#3d7ebf"
+RUNS = (OTHER, "#d17b1f", CHOSEN, "#a05fb4")
 
 
 def read(out: Path) -> list[dict]:
-    """The training rows of a run. Raises FileNotFoundError, ValueError."""
+    """The rows of a run. Raises FileNotFoundError, ValueError."""
     file = out / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; train.py writes it into its --out")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "loss" in row]
-    if not rows:
+    if not any("loss" in row for row in rows):
         raise ValueError(f"{file}: no training step in it")
     return rows
 
@@ -30,11 +32,11 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def draw(runs: dict[str, list[dict]], file: Path):
-    """Three panels, a colour a metric and a line style a run, as SVG or PNG by the file's name."""
+def style(backend: str):
+    """matplotlib.pyplot, set to what reads well in a README in light and in dark mode."""
     import matplotlib
 
-    matplotlib.use("svg" if file.suffix == ".svg" else "agg")
+    matplotlib.use(backend)
     matplotlib.rcParams |= {
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
         **{"axes.edgecolor": GREY, "grid.color": GREY, "grid.alpha": 0.25, "axes.grid": True},
@@ -43,29 +45,63 @@ def draw(runs: dict[str, list[dict]], file: Path):
     }
     import matplotlib.pyplot as plt
 
-    panels = (
+    return plt
+
+
+# Panels: a title, and curves of (label, how a training row gives it, line style, colour if alone).
+# log_odds_ratio is TRL's name for the mean log-sigmoid: L_OR is its minus.
+PANELS = (
+    (
+        "mean log-probability of a token",
         (
-            "mean log-probability of a token",
-            (("logps/chosen", CHOSEN), ("logps/rejected", REJECTED)),
+            ("chosen", lambda row: row["logps/chosen"], "-", CHOSEN),
+            ("rejected", lambda row: row["logps/rejected"], "--", REJECTED),
         ),
-        ("log odds ratio", (("log_odds_chosen", OTHER),)),
-        ("loss terms", (("nll_loss", CHOSEN), ("log_odds_ratio", OTHER))),
-    )
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    for ax, (title, curves) in zip(axes, panels, strict=True):
-        for name, colour in curves:
-            for style, (run, rows) in zip(("-", "--", ":", "-."), runs.items(), strict=False):
-                steps, values = [r["step"] for r in rows], [r[name] for r in rows]
-                label = name if len(runs) == 1 else f"{name}, {run}"
-                if (
-                    name == "log_odds_ratio"
-                ):  # TRL's name for the mean log-sigmoid; L_OR is its minus
-                    label, values = label.replace(name, "L_OR"), [-v for v in values]
-                ax.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
-                ax.plot(steps, smooth(values), style, color=colour, label=label, lw=1.8)
-        ax.set_title(title, fontsize=10, color=GREY)
+    ),
+    (
+        "margin: chosen - rejected",
+        (("margin", lambda row: row["logps/chosen"] - row["logps/rejected"], "-", OTHER),),
+    ),
+    ("reward accuracy", (("accuracy", lambda row: row["rewards/accuracies"], "-", OTHER),)),
+    (
+        "terms of the loss",
+        (
+            ("L_SFT", lambda row: row["nll_loss"], "-", CHOSEN),
+            ("L_OR", lambda row: -row["log_odds_ratio"], "--", OTHER),
+        ),
+    ),
+)
+
+
+def draw(runs: dict[str, list[dict]], file: Path):
+    """Four panels as SVG or PNG, by the file's name. Dots are the held-out pairs, where any are."""
+    plt = style("svg" if file.suffix == ".svg" else "agg")
+    figure, axes = plt.subplots(2, 2, figsize=(8.4, 5.2), layout="constrained")
+    for ax, (title, curves) in zip(axes.flat, PANELS, strict=True):
+        for (_, rows), colour in zip(runs.items(), RUNS, strict=False):
+            training = [row for row in rows if "loss" in row]
+            held_out = [row for row in rows if "eval_loss" in row]
+            for _, value, line, alone in curves:
+                shade = alone if len(runs) == 1 else colour
+                steps, values = [row["step"] for row in training], list(map(value, training))
+                ax.plot(steps, values, color=shade, alpha=0.2, lw=0.8)
+                ax.plot(steps, smooth(values), line, color=shade, lw=1.8)
+                points = [value({k.removeprefix("eval_"): v for k, v in row.items()})
+                          for row in held_out]  # fmt: skip
+                ax.plot([row["step"] for row in held_out], points, "o", color=shade, ms=5)
+        for label, _, line, alone in curves if len(curves) > 1 else ():
+            ax.plot([], [], line, color=alone if len(runs) == 1 else GREY, label=label)
+        ax.set_title(title, fontsize=11, color=GREY)
+        if len(curves) > 1:
+            ax.legend(frameon=False, fontsize=9)
+    for ax in axes[1]:
         ax.set_xlabel("step")
-        ax.legend(frameon=False, fontsize=8)
+    handles = [plt.Line2D([], [], color=c, label=run) for run, c in zip(runs, RUNS, strict=False)]
+    handles = handles if len(runs) > 1 else []
+    if any("eval_loss" in row for rows in runs.values() for row in rows):
+        handles.append(plt.Line2D([], [], color=GREY, marker="o", ls="", label="held out"))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(file, transparent=True, metadata={"Date": None} if file.suffix == ".svg" else {})
 
 
@@ -75,7 +111,9 @@ def main():
     parser.add_argument("--save", type=Path, help="SVG or PNG (default: OUT/curves.svg)")
     args = parser.parse_args()
     try:
-        runs = {out.name: read(out) for out in args.out[:4]}
+        names = [out.name for out in args.out[:4]]
+        same = len(set(names)) < len(names)  # a/run and b/run need their whole paths
+        runs = {str(out) if same else out.name: read(out) for out in args.out[:4]}
     except (OSError, ValueError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         sys.exit(2)
