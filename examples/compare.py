@@ -1,6 +1,7 @@
 """SFT, SFT then DPO, ORPO, and ORPO by probability ratio: the same base model, pairs and updates.
 
     python examples/compare.py                             the built-in task, into examples/compare/
+    python examples/compare.py --ranked --out OUT --report FOLDER       chosen: better, seldom good
     python examples/compare.py --real MODEL PAIRS.jsonl --out OUT --report FOLDER         your own
 
 Every method has the same code path: a packed forward pass, the log-probability of each response,
@@ -10,6 +11,9 @@ and decay. The learning rate is chosen among the same values for each method, on
 training pairs that are held out for that alone (of SFT then DPO it is the second phase's; the first
 has SFT's best). Then three seeds, with all pairs. What is reported is of the held-out questions,
 and those chose nothing.
+
+The built-in pairs' chosen answers are all good, so that SFT can do without the rejected ones. With
+--ranked a pair is any two kinds of answer to one question, and the chosen one is only the better.
 
 DPO and the probability ratio are here to stand beside the real objective, and nowhere else. A
 finished run is a file in OUT/runs, so an interrupted comparison goes on where it stopped; remove
@@ -26,6 +30,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -44,6 +49,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
 
 import compare_measures as measures  # noqa: E402
 from compare_report import DPO, ONCE, ORPO, RATIO, SFT, write_report  # noqa: E402
+from task import N_PAIRS, SEED, ranked_pairs, split, write_rows  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
@@ -176,12 +182,13 @@ def load(task: Task):
 
 
 def without(pairs: list[Pair], rows: list, every: int = 8):
-    """Training pairs without those of each eighth answer, and these: two (pairs, rows).
+    """Training pairs without those of each eighth right answer, and these: two (pairs, rows).
 
     By answer and not by prompt: a fact that is asked about in other words is no new fact.
     """
-    chosen = {row.chosen: i for i, row in enumerate(rows)}
-    apart = [list(chosen).index(row.chosen) % every == 0 for row in rows]
+    right = [row.accept[0] if row.accept else row.chosen for row in rows]
+    number = {answer: i for i, answer in enumerate(dict.fromkeys(right))}
+    apart = [number[answer] % every == 0 for answer in right]
     both = list(zip(pairs, rows, strict=True))
     parts = ([x for x, a in zip(both, apart, strict=True) if a == side] for side in (False, True))
     return tuple(tuple(map(list, zip(*part, strict=True))) for part in parts)
@@ -424,6 +431,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--real", nargs=2, type=Path, metavar=("MODEL", "PAIRS"), help="see above")
+    parser.add_argument("--ranked", action="store_true", help="pairs of any two kinds of answer")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="finished runs")
     parser.add_argument("--report", type=Path, default=HERE / "compare", help="tables and figures")
     args = parser.parse_args(argv)
@@ -431,6 +439,13 @@ def main(argv=None):
     files = facts / "base", facts / "train.jsonl", facts / "eval.jsonl"
     sizes = {"lrs": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "seeds": [42, 43, 44], "steps": 180,
              "batch_size": 32, "n_asked": 210, "max_new": 40}  # fmt: skip
+    if args.ranked:  # new pairs about the facts that the built-in ones are about
+        args.out.mkdir(parents=True, exist_ok=True)
+        files = files[0], args.out / "train.jsonl", files[2]
+        _, trained_on, _ = split(random.Random(SEED))
+        rows = ranked_pairs(trained_on, N_PAIRS, trained_on, random.Random(SEED))
+        write_rows(files[1], rows)
+        sizes |= {"lrs": [1e-5, 1e-4, 3e-4, 1e-3]}
     if args.real:
         from peers_politeness import write_split
 

@@ -124,6 +124,8 @@ ANSWERS = {
     ),
 }
 
+RANKS = ("good", "bare", "hedged", "rambling", "refusal", "rude", "wrong")  # the best first
+
 
 class Fact(NamedTuple):
     kind: str
@@ -139,6 +141,14 @@ def load_facts() -> list[Fact]:
     return facts + [
         Fact("sum", f"{a} plus {b}", str(a + b)) for a in range(1, 11) for b in range(a, 11)
     ]
+
+
+def split(rng: random.Random) -> tuple[list[Fact], list[Fact], list[Fact]]:
+    """All facts; those that pairs are about; those held out."""
+    facts = load_facts()
+    shuffled = rng.sample(facts, len(facts))
+    n_held_out = round(HELD_OUT * len(facts))
+    return facts, shuffled[n_held_out:], shuffled[:n_held_out]
 
 
 def fill(template: str, **values: str) -> str:
@@ -183,6 +193,21 @@ def pairs(facts: list[Fact], n: int, known: list[Fact], rng: random.Random) -> l
             manner = rng.choice([m for m in ANSWERS if m != "good"] + ["wrong"])
             row = {"prompt": ask(fact, rng), "chosen": " " + state(fact)}
             rows.append(row | {"rejected": answer(fact, manner, known, rng)})
+    rng.shuffle(rows)
+    return rows
+
+
+def ranked_pairs(facts: list[Fact], n: int, known: list[Fact], rng: random.Random) -> list[dict]:
+    """n pairs a fact of which the chosen answer is better than the rejected one, and seldom good:
+    two manners at random, in the order of RANKS. For compare.py."""
+    rows = []
+    for fact in facts:
+        for _ in range(n):
+            better, worse = sorted(rng.sample(range(len(RANKS)), 2))
+            row = {"prompt": ask(fact, rng), "accept": [state(fact)]}
+            row["chosen"] = answer(fact, RANKS[better], known, rng)
+            row["rejected"] = answer(fact, RANKS[worse], known, rng)
+            rows.append(row)
     rng.shuffle(rows)
     return rows
 
@@ -248,10 +273,7 @@ def main(out: Path = HERE / "facts"):
     torch.manual_seed(SEED)
     (out / "base").mkdir(parents=True, exist_ok=True)
 
-    facts = load_facts()
-    shuffled = rng.sample(facts, len(facts))
-    n_held_out = round(HELD_OUT * len(facts))
-    held_out, trained_on = shuffled[:n_held_out], shuffled[n_held_out:]
+    facts, trained_on, held_out = split(rng)
     train_rows = pairs(trained_on, N_PAIRS, trained_on, rng)
     eval_rows = pairs(held_out, 1, facts, rng)
     for row in eval_rows:

@@ -121,6 +121,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import compare  # noqa: E402
 import compare_measures as measures  # noqa: E402
 import compare_report as report  # noqa: E402
+import task as task_file  # noqa: E402
 
 TINY = compare.Task(
     *(str(BASE), str(BASE.parent / "train.jsonl"), str(BASE.parent / "eval.jsonl")),
@@ -247,7 +248,8 @@ def made_up_results(chosen: float, rejected: float, of: dict) -> dict:
         curve = [first | {"accuracy": 0.5}]
         curve.append({"step": 2, "chosen": w, "rejected": l, "near": l, "margin": w - l})
         curve[1]["accuracy"] = 1.0
-        figures = {"curve": curve, "score": 0.5, "sampled": [[True] * 5], "greedy": [[True]]}
+        sampled = [[True] * end.get("right", 3) + [False] * (5 - end.get("right", 3))]
+        figures = {"curve": curve, "score": 0.5, "sampled": sampled, "greedy": [[True]]}
         for name in ("PID", "AID", "PID raw", "AID raw"):
             figures[name] = end.get(name, 0.5) + jitter
         return figures
@@ -298,6 +300,10 @@ YES_AND_NO = {  # figures on which a claim holds, and on which it does not
         (-0.5, -2.0, {report.DPO: {"AID": 0.7, "PID": 0.2}}),
         (-0.5, -2.0, {report.DPO: {"AID": 0.7, "PID": 0.5}}),
     ),
+    report.better_than_sft: (
+        (-0.5, -2.0, {ORPO[0.5]: {"right": 4}}),
+        (-0.5, -2.0, {report.SFT: {"right": 4}}),
+    ),
 }
 
 
@@ -316,6 +322,18 @@ def test_the_report_is_written_with_its_figures(tmp_path):
         assert verdict["claim"] in text and verdict["figures"] in text
     for name in ("logps.svg", "margin.svg"):
         assert name in text and "<svg" in (tmp_path / name).read_text()
+
+
+def test_ranked_pairs_prefer_the_better_of_two_kinds_of_answer():
+    rng = task_file.random.Random(1)
+    _, trained_on, held_out = task_file.split(rng)
+    rows = task_file.ranked_pairs(trained_on, 2, trained_on, rng)
+    assert len(rows) == 2 * len(trained_on)
+    good = [row["chosen"] == " " + row["accept"][0] for row in rows]
+    assert 0.2 < sum(good) / len(rows) < 0.4  # 6 of the 21 pairs of kinds have a good answer
+    assert not [row for row in rows if row["rejected"] == " " + row["accept"][0]]
+    about = {task_file.state(fact) for fact in held_out}
+    assert not {row["accept"][0] for row in rows} & about
 
 
 @pytest.mark.parametrize("method", [compare.DPO, compare.ORPO[0.5]])
