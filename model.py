@@ -9,9 +9,9 @@ Notable features:
   a decoding step is the same call with one query, and so is a rejected branch over its prompt
 - safetensors by hand, memory-mapped, every name, shape and offset checked
 
-dtypes: parameters stay as loaded (float32 in training). `compute_dtype` is that of the residual
-stream and the matrix products, to which each weight is cast where it is used. Norms are computed
-in float32 (float64 for float64), rotary angles in float32. There is no dropout.
+dtypes: parameters stay as loaded (float32 where they are trained). `compute_dtype` is that of the
+residual stream and the matrix products, to which each weight is cast where it is used. Norms are
+computed in float32 (float64 for float64), rotary angles in float32. There is no dropout.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
 H heads, K key/value heads, d head size, V vocabulary.
@@ -304,13 +304,6 @@ class LoRALinear(Linear):
     def forward(self, x):
         thin = F.linear(x, self.lora_A.to(x.dtype))  # (N, rank)
         return super().forward(x) + self.scale * F.linear(thin, self.lora_B.to(x.dtype))
-
-    @torch.no_grad()
-    def merged(self) -> Linear:
-        merged = Linear(self.in_features, self.out_features, device="meta")
-        weight = self.weight + self.scale * (self.lora_B @ self.lora_A)  # float32, rounded once
-        merged.weight, merged.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
-        return merged
 
 
 class Norm(nn.Module):
@@ -611,26 +604,34 @@ class Transformer(nn.Module):
 
     def add_lora(self, rank: int, alpha: float, seed: int = 0):
         """Freezes all, and gives each projection in the blocks a change of this rank to train."""
+        if self.lora_layers():
+            raise ValueError("the model has adapters already")
         generator = torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
-        self._replace(Linear, lambda linear: LoRALinear(linear, rank, alpha, generator))
-
-    def merge_lora(self):
-        """Adds the changes to the weights: from now on the model has no adapters, as any other."""
-        self._replace(LoRALinear, LoRALinear.merged)
-
-    def _replace(self, kind, new):
         for part in [part for block in self.layers for part in (block.self_attn, block.mlp)]:
             for name, module in [*part.named_children()]:
-                if isinstance(module, kind):
-                    setattr(part, name, new(module))
+                if isinstance(module, Linear):
+                    setattr(part, name, LoRALinear(module, rank, alpha, generator))
+
+    def lora_layers(self) -> dict[str, LoRALinear]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, LoRALinear)}
+
+    @torch.no_grad()
+    def merge_lora(self, base: "Transformer") -> "Transformer":
+        """Adds the changes to the weights of base, the model as it was stored: our own frozen ones
+        may have been rounded. In float32, and rounded once, to base's dtype. Returns base."""
+        for name, m in self.lora_layers().items():
+            weight = base.get_submodule(name).weight
+            change = m.scale * (m.lora_B @ m.lora_A)  # (out, in)
+            weight.copy_(weight.float() + change.to(weight.device))
+        return base
 
     @contextlib.contextmanager
     def cast_weights(self):
         """Within it the blocks' weights are cast to compute_dtype once, not in every micro-batch.
 
-        A cast is a leaf, whose gradient is added to its weight's own, in that dtype, as soon as it
-        is there: through the cast itself autograd would go last, holding all of them until then.
+        A cast is a leaf, whose gradient is added to its weight's, in the weight's dtype, as soon as
+        it is there: through the cast itself autograd would go last, holding all of them until then.
         """
         dtype = self.compute_dtype
         linears = [m for m in self.layers.modules() if isinstance(m, Linear)]
@@ -838,8 +839,11 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_bytes=5 * 10**9):
         """Writes config.json and model.safetensors (shards with an index above shard_bytes).
 
-        dtype None stores the parameters as they are. transformers and others load it.
+        dtype None stores the parameters as they are. transformers and others load it. Raises
+        ValueError where there are adapters, which nobody would find in it: see merge_lora.
         """
+        if self.lora_layers():
+            raise ValueError(f"{folder}: not written: adapters are merged first, by merge_lora")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         family, tensors = FAMILIES[self.config.family], {}

@@ -9,7 +9,8 @@
 What runs in which dtype:
 
                                                --dtype float32    --dtype bfloat16
-    master weights, gradients, Adam's moments  float32            float32
+    trained weights, gradients, Adam's moments float32            float32
+    frozen weights (--lora-rank)               float32            bfloat16
     residual stream, matrix products           float32 (tf32      bfloat16 (a weight is cast where
                                                on CUDA)           it is used)
     norms, rotary angles, log-softmax          float32            float32
@@ -101,7 +102,7 @@ class TrainConfig:
     shard: bool = flag("memory", False, "of all weights each process keeps a part (FSDP2)")
     activation_checkpointing: bool = flag("memory", False, "blocks computed twice, not kept")
     lora_rank: int = flag("memory", 0, "train adapters on a frozen model; 0: train it all", least=0)
-    lora_alpha: float = flag("memory", 16.0, "adapters count alpha / rank", least=0)
+    lora_alpha: float = flag("memory", 16.0, "adapters count alpha / rank", least=1e-3)
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
     seed: int = flag("run", 42, "of order and sampling", least=0, below=2**63)
@@ -481,6 +482,9 @@ def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
         if not p.requires_grad:
             continue  # as in --model
         state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
+    frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
+    if frozen:  # to know them again
+        state["frozen"] = torch.stack([p.double().norm() for p in frozen]).sum()
     return state
 
 
@@ -517,7 +521,11 @@ def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
         try:
             then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             refuse_other_settings(config, then, folder)
-            dcp.load(training_state(model, optimizer), checkpoint_id=folder)
+            state = training_state(model, optimizer)
+            frozen = state["frozen"].clone() if "frozen" in state else None
+            dcp.load(state, checkpoint_id=folder)
+            if frozen is not None and not torch.isclose(frozen, state["frozen"], rtol=1e-9):
+                raise ValueError(f"--resume: {config.model} is not the model that {folder} is of")
             return int(folder.name.removeprefix("step-"))
         except (OSError, json.JSONDecodeError, dcp.CheckpointException) as error:
             if rank() == 0:
@@ -532,7 +540,7 @@ def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
     free = ("resume", "eval_only", "device", "out", "keep", "shard", "micro_batch_tokens")
     free += ("activation_checkpointing", "compile", "log_every", "save_every")
     for name, now in dataclasses.asdict(config).items():
-        if name not in free and now != then.get(name):
+        if name not in free and now != then.get(name, getattr(TrainConfig, name)):
             raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
 
 
@@ -677,7 +685,8 @@ def load_inputs(config: TrainConfig, device):
             f"the embedding only {model.config.vocab_size} rows"
         )
     config.max_length = min(config.max_length, model.config.max_seq_len)
-    n, trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model)))
+    trained = sum(p.numel() for p in trainable(model))
+    n = sum(p.numel() for p in model.parameters()) - trained * bool(config.lora_rank)
     print(f"model    {config.model}: {n:,} parameters, stored as {model.config.dtype}")
     print(
         f"         {trained:,} trained, in float32, products in {config.dtype}, on {config.device}"
@@ -983,7 +992,8 @@ def peak_memory_gb(device) -> float:
 
 def save_model(model: Transformer, tokenizer, rows, config: TrainConfig, folder: Path):
     """The trained model as a Hugging Face folder, in the dtype that the checkpoint had."""
-    model.merge_lora()
+    if config.lora_rank:
+        model = model.merge_lora(Transformer.from_pretrained(config.model))
     model.save_pretrained(folder, dtype=getattr(torch, model.config.dtype))
     for name in TOKENIZER_FILES:
         if (Path(config.model) / name).is_file():

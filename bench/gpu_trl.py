@@ -10,6 +10,7 @@ bench/gpu.py.
 """
 
 import argparse
+import gc
 import itertools
 import statistics
 import sys
@@ -95,18 +96,20 @@ def measure(config, n_pairs: int, way: str, n_steps: int, device) -> tuple[float
         trainer.train()
     steps = [b - a for a, b in itertools.pairwise(moments)]
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-    return statistics.median(steps[min(2, len(steps) - 1) :]), peak
+    return statistics.median(steps[1:]), peak
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="3 or more; two are to warm up")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
     missing = [name for name in ("trl", "transformers", "datasets") if find_spec(name) is None]
     if missing:
         print(f"gpu_trl.py: not installed: {', '.join(missing)}; TRL is not measured")
         return
+    if args.steps < 3:
+        parser.error("--steps must be 3 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"\n{'shape':<6} {'TRL':<13} {'pairs':>6} {'ms a step':>10} {'pairs/s':>8} {'GB':>6}")
     for name in args.shapes:
@@ -120,6 +123,7 @@ def main():
                 print(f"{name:<6} {way:<13} {type(error).__name__}: {error}"[:100], flush=True)
                 continue
             finally:
+                gc.collect()  # the trainer is in a cycle with its callbacks
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             numbers = f"{1000 * seconds:>10.1f} {n_pairs / seconds:>8.1f} {peak:>6.1f}"

@@ -1,5 +1,6 @@
 """Adapters: their gradients, what stays frozen, what they cost, and the model handed back."""
 
+import copy
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from model import FAMILIES, Linear, LoRALinear, ModelConfig, Transformer
 from tests.test_distributed import UNEVEN, compare, compare_models, files, launch
 from tests.test_speed import Products, some_pairs, tiny
 from tests.test_speed import step as one_step
-from tests.test_train import FACTS, Killed, kill_at, run, steps
+from tests.test_train import FACTS, Killed, fails, kill_at, run, steps
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ def adapted(seed: int, model: Transformer | None = None, rank: int = 3) -> Trans
 
 
 def adapters(model: Transformer) -> dict[str, LoRALinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return model.lora_layers()
 
 
 def loss_of(model: Transformer, pairs, lam=0.5) -> torch.Tensor:
@@ -100,14 +101,19 @@ def test_every_projection_of_every_family_and_the_merged_export(family, tmp_path
     linears = {n for n, m in model.layers.named_modules() if isinstance(m, Linear)}
     names, tokens = list(model._checkpoint_names()), torch.arange(20).view(2, 10)
     base = model(tokens)
+    stored = copy.deepcopy(model)
     adapted(3, model)
     assert {f"layers.{n}" for n in linears} == set(adapters(model))
     assert "rank" not in repr(model) and "LoRALinear" in repr(model)
     wanted = model(tokens)
     assert (wanted - base).abs().max() > 1e-2
-    model.merge_lora()
-    assert list(model._checkpoint_names()) == names and not adapters(model)
-    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="merge_lora"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="already"):
+        model.add_lora(2, 1.0)
+    merged = model.merge_lora(stored)
+    assert list(merged._checkpoint_names()) == names and not adapters(merged)
+    merged.save_pretrained(tmp_path)
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(tokens), wanted)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -233,7 +239,7 @@ def test_a_run_resumes_to_the_bit_and_stores_adapters_alone(
     model.add_lora(4, 8.0)
     n_trained = sum(p.numel() for p in train.trainable(model))
     state = train.training_state(model, train.make_optimizer(model, train.TrainConfig()))
-    assert sum(x.numel() for x in state.values()) == n_trained
+    assert sum(x.numel() for x in state.values()) == n_trained + 1  # to know the base again
     assert f"{n_trained:,} trained" in capsys.readouterr().out
 
 
@@ -254,6 +260,33 @@ def test_what_a_run_exports_is_what_it_evaluated(arguments, tmp_path, dtype, cap
     rel = 1e-5 if dtype == "float32" else 2e-2
     assert again["eval_loss"] == pytest.approx(rows[-1]["eval_loss"], rel=rel)
     assert rows[0]["eval_loss"] > 1.3 * rows[-1]["eval_loss"]
+
+
+def test_a_float32_checkpoint_stays_one_in_bfloat16_runs(tmp_path):
+    """The run's own frozen weights are rounded; exported are the stored ones and the change."""
+    tiny().save_pretrained(tmp_path)
+    stored = Transformer.from_pretrained(tmp_path)
+    model = adapted(6, Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    merged = model.merge_lora(Transformer.from_pretrained(tmp_path))
+    assert torch.equal(merged.embed_tokens.weight, stored.embed_tokens.weight)
+    for name, m in adapters(model).items():
+        change = 8 / 3 * (m.lora_B.double() @ m.lora_A.double())
+        wanted = stored.get_submodule(name).weight + change
+        torch.testing.assert_close(
+            merged.get_submodule(name).weight.double(), wanted, rtol=1e-6, atol=1e-7
+        )
+
+
+def test_resuming_on_another_base_is_refused(folder, arguments, monkeypatch, capsys):
+    arguments += ["--save-every", "4", *LORA]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 10)
+        run(arguments)
+    model = Transformer.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.mul_(1.3)
+    model.save_pretrained(folder / "model")
+    assert "is not the model" in fails(capsys, [*arguments, "--resume"])
 
 
 @pytest.mark.slow
