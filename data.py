@@ -760,6 +760,8 @@ def use_colour() -> bool:
 
 
 def main(argv=None):
+    """Prints three pairs as they are trained on, and how many are dropped, why."""
+
     def complain(message):  # without the dump of the usage
         raise ValueError(f"{message} (see python data.py --help)")
 

@@ -475,15 +475,14 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
     """Weights, Adam's moments and its count, by name: the tensors themselves, to save or to fill.
 
-    The order of pairs follows from the step, so there is nothing else.
+    The order of pairs follows from the step. What is frozen is in --model: here only as one number,
+    by which `load_checkpoint` knows it again.
     """
     state = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue  # as in --model
-        state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
-    frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
-    if frozen:  # to know them again
+        if p.requires_grad:
+            state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
+    if frozen := [p.detach() for p in model.parameters() if not p.requires_grad]:
         state["frozen"] = torch.stack([p.double().norm() for p in frozen]).sum()
     return state
 
@@ -832,9 +831,14 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
     print(
         f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "
         f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "
-        f"the largest of {max(tokens)}\n"
-        f"         over {world()} process{'es' * (world() > 1)}, the busiest with "
-        f"{world() * sum(map(max, loads)) / sum(tokens):.2f} of an equal share\n"
+        f"the largest of {max(tokens)}"
+    )
+    if world() > 1:
+        busiest = world() * sum(map(max, loads)) / sum(tokens)
+        print(
+            f"         over {world()} processes, the busiest with {busiest:.2f} of an equal share"
+        )
+    print(
         f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
         f"({config.lr_schedule}, {config.warmup_steps} warm-up), seed {config.seed}\n"
         f"memory   about {gigabytes(memory)} at the most: weights, gradients, moments, activations",

@@ -35,20 +35,12 @@ WAYS = {  # name: (sorted by length, settings of ORPOConfig)
 
 
 def hf_model(config, device):
+    """transformers' Llama of the same shape, with random weights in float32."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    c = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.dim,
-        intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        max_position_embeddings=config.max_seq_len,
-    )
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(c)
+        return AutoModelForCausalLM.from_config(LlamaConfig.from_dict(config.to_json()))
 
 
 def measure(config, n_pairs: int, way: str, n_steps: int, device) -> tuple[float, float]:

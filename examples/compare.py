@@ -343,6 +343,7 @@ def file_name(*parts) -> str:
 
 
 def run_all(jobs: list[Job], task: Task, out: Path, workers) -> dict[Job, dict]:
+    """The jobs, as many at a time as there are workers; a finished one is read from its file."""
     settings = task._replace(methods=[], lrs=[], seeds=[])  # a run knows nothing of the others
     futures = {}
     for job in jobs:
@@ -427,6 +428,7 @@ def compare(task: Task, out: Path, rounds: int = 3) -> dict:
 
 
 def main(argv=None):
+    """Chooses the task that the flags name, compares, and writes the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -64,6 +64,7 @@ def swept(results: dict, method: str, lr: str, name: str) -> float:
 
 
 def sft_raises_both(results: dict) -> Verdict:
+    """Fig. 3: after SFT on the chosen alone, both are likelier than before."""
     runs = results["runs"][SFT]
     up = {name: change(runs, name) for name in ("chosen", "rejected", "near")}
     highest = [max(row["rejected"] - run["curve"][0]["rejected"] for row in run["curve"])
@@ -80,6 +81,7 @@ def sft_raises_both(results: dict) -> Verdict:
 
 
 def orpo_separates(results: dict) -> Verdict:
+    """Fig. 7, at the lam of 1.0 that it has: the rejected fall and the chosen do not."""
     runs, sft = results["runs"][ORPO[1.0]], results["runs"][SFT]
     chosen, rejected = change(runs, "chosen"), change(runs, "rejected")
     wider = less(last(runs, "margin"), last(sft, "margin"))
@@ -98,6 +100,7 @@ def orpo_separates(results: dict) -> Verdict:
 
 
 def ratio_over_suppresses(results: dict) -> Verdict:
+    """Sec. 7.1, by more than a tenth of ORPO's margin: less is no over-suppression."""
     ratio, odds = (last(results["runs"][m], "rejected") for m in (RATIO, ORPO[0.5]))
     lower, margin = less(odds, ratio), statistics.mean(last(results["runs"][ORPO[0.5]], "margin"))
 
@@ -115,6 +118,7 @@ def ratio_over_suppresses(results: dict) -> Verdict:
 
 
 def larger_lam_widens(results: dict) -> Verdict:
+    """App. E: the margin at lam 0.1, 0.5 and 1.0, each at its own best learning rate."""
     margins = {lam: last(results["runs"][name], "margin") for lam, name in ORPO.items()}
     gains = less(margins[0.5], margins[0.1]), less(margins[1.0], margins[0.5])
 
@@ -148,6 +152,7 @@ def cost_of(results: dict, name: str) -> dict:
 
 
 def half_the_forward_passes(results: dict) -> Verdict:
+    """Sec. 7.3: counted passes and tensors of a step, DPO's with its reference in every step."""
     orpo, sft, dpo, once = (cost_of(results, name) for name in (ORPO[0.5], SFT, DPO, ONCE))
     return Verdict(
         "without a reference model: half of DPO's forward passes, less memory (Sec. 7.3)",
@@ -163,6 +168,7 @@ def half_the_forward_passes(results: dict) -> Verdict:
 
 
 def less_alike_across_inputs(results: dict) -> Verdict:
+    """Tab. 4, both of its halves."""
     figures = {
         name: [[run[name] for run in results["runs"][m]] for m in (ORPO[0.5], DPO)]
         for name in ("AID", "PID", "AID raw", "PID raw")
@@ -179,6 +185,7 @@ def less_alike_across_inputs(results: dict) -> Verdict:
 
 
 def better_than_sft(results: dict) -> Verdict:
+    """Where answers can be checked by the share accepted, else by reward accuracy."""
     checked = "sampled" in results["runs"][SFT][0]
 
     def share(method: str) -> list[float]:
@@ -323,7 +330,7 @@ def draw(results: dict, folder: Path):
     axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(folder / "logps.svg", transparent=True, metadata={"Date": None})
 
-    figure, ax = plt.subplots(figsize=(5, 2.9), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5, 3.1), layout="constrained")
     for (lam, method), colour in zip(ORPO.items(), (OTHER, CHOSEN, REJECTED), strict=True):
         for run in results["runs"][method]:
             steps = [row["step"] for row in run["curve"]]
@@ -331,7 +338,7 @@ def draw(results: dict, folder: Path):
         ax.plot([], [], color=colour, label=f"lam {lam}, lr {results['lr'][method]:g}")
     ax.set_title("log P(chosen) - log P(rejected), held out", fontsize=10, color=GREY)
     ax.set_xlabel("step")
-    ax.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(folder / "margin.svg", transparent=True, metadata={"Date": None})
 
 
