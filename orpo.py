@@ -258,21 +258,12 @@ class _FusedLinearORPO(torch.autograd.Function):
             grad_hidden, grad_lm_head = torch.empty_like(hidden), None
 
         for start, stop in groups:
-            z = others = grad_z = part = None  # let go of the last group's before making new ones
+            z = part = None  # let go of the last group's before making new ones
             rows = slice(start, stop)
-            h, target, s = hidden[rows], targets[rows, None], side[rows]
-
-            # log p_t. With r the logsumexp of the *other* logits, log p = log sigmoid(z - r) and
-            # 1 - p = sigmoid(r - z) keep their digits where a log-softmax would have rounded to 0.
-            # (z, others and grad_z are one buffer, changed in place; grad_z is cast at the end.)
-            z = (h @ weight.t()).to(result_dtype(hidden))  # (n, V), a very big tensor
-            target_z = z.gather(1, target)
-            others = z.scatter_(1, target, -torch.inf)
-            largest = others.amax(1, keepdim=True)
-            others.sub_(largest).exp_()
-            total = others.sum(1, keepdim=True)
-            lead = (target_z.double() - largest.double() - total.double().log()).squeeze(1)  # z - r
-            logps = F.logsigmoid(lead)  # (n,)
+            h, target, s = hidden[rows], targets[rows], side[rows]
+            z = h @ weight.t()  # (n, V), a very big tensor
+            lead = _others_softmax(z, target)  # (n,); z has changed
+            logps = F.logsigmoid(lead)
             nll -= (nll_weight[rows] * logps).sum()
             sums.index_add_(0, s, torch.where(in_response[rows], logps, 0))
             if not needs_grad:
@@ -289,13 +280,13 @@ class _FusedLinearORPO(torch.autograd.Function):
             d_response = torch.where(in_response[rows], d_response[s] * doubt / lengths[s], 0)
             coefficient = lam / n_pairs * d_response - nll_weight[rows] * doubt  # (n,)
 
-            # d log p_t / dz is (1 - p_t) * (1 at the target, -softmax of the others elsewhere).
-            others.mul_((-coefficient[:, None] / total).to(z.dtype))
-            grad_z = others.scatter_(1, target, coefficient[:, None].to(z.dtype)).to(h.dtype)
-            torch.mm(grad_z, weight, out=grad_hidden[rows])
+            # d log p_t / dz is 1 - p_t times -z, as z now is. A row's coefficient is multiplied in
+            # on the narrow side of both products.
+            scale = -coefficient[:, None].to(result_dtype(hidden))
+            grad_hidden[rows] = (z @ weight) * scale
             if not lm_head.requires_grad:
                 continue
-            part = _mm_float32(grad_z.t(), h).to(result_dtype(lm_head))  # (V, D)
+            part = _mm_float32(z.t(), (h * scale).to(h.dtype)).to(result_dtype(lm_head))  # (V, D)
             grad_lm_head = part if grad_lm_head is None else grad_lm_head.add_(part)
 
         chosen, rejected = _mean_logps(sums, lengths)
@@ -318,6 +309,30 @@ class _FusedLinearORPO(torch.autograd.Function):
         if grad_lm_head is not None:
             grad_lm_head = grad_lm_head.mul_(grad).to(ctx.lm_head_dtype)
         return grad_hidden.mul_(grad), grad_lm_head, None, None
+
+
+def _others_softmax(z: Tensor, targets: Tensor) -> Tensor:
+    """Turns logits z (n, V), in place, into the softmax of the others, the target's into -1.
+
+    Returns log p_t - log(1 - p_t) of each row, (n,) float64. With r the logsumexp of the *other*
+    logits that is z_t - r, and log p = log sigmoid(z_t - r) and 1 - p = sigmoid(r - z_t) keep their
+    digits where a log-softmax would have rounded to 0.
+
+    A few rows at a time, so that what is float32 of a bfloat16 z is small, and stays in a cache.
+    """
+    leads = []
+    n_rows = max(1, 2 ** (24 if z.is_cuda else 20) // z.shape[1])
+    for some, target in zip(z.split(n_rows), targets[:, None].split(n_rows), strict=True):
+        others = None  # let go of the last ones before making new ones
+        others = some.to(result_dtype(z))  # z itself where it is float32
+        target_z = others.gather(1, target)
+        others.scatter_(1, target, -torch.inf)
+        largest = others.amax(1, keepdim=True)
+        others.sub_(largest).exp_()
+        total = others.sum(1, keepdim=True)
+        leads.append((target_z.double() - largest.double() - total.double().log()).squeeze(1))
+        some.copy_(others.div_(total).scatter_(1, target, -1.0))
+    return torch.cat(leads)
 
 
 def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,26 @@ def test_no_tensor_of_tokens_by_vocabulary_outlives_the_forward_pass():
     output.loss.backward()
 
 
+def test_bfloat16_logits_are_float32_a_few_rows_at_a_time():
+    class Largest(TorchDispatchMode):
+        n = dict.fromkeys((torch.float32, torch.bfloat16), 0)
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype in self.n:
+                self.n[out.dtype] = max(self.n[out.dtype], out.numel())
+            return out
+
+    vocab_size = 2**16
+    model, pairs = tiny(torch.bfloat16, vocab_size=vocab_size), some_pairs(6, seed=4)
+    (batch,) = data.micro_batches(pairs, 10**9, "full")
+    with Largest() as largest:
+        train.forward(model, batch, 0.1, len(pairs), CPU).loss.backward()
+    logits = len(batch.predict) * vocab_size
+    assert largest.n[torch.bfloat16] == logits
+    assert largest.n[torch.float32] == 32 * vocab_size < logits  # lm_head's gradient
+
+
 def test_in_bfloat16_shapes_are_few_and_their_filling_changes_nothing():
     seen = set()
     for seed in range(12):
