@@ -839,13 +839,13 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_bytes=5 * 10**9):
         """Writes config.json and model.safetensors (shards with an index above shard_bytes).
 
-        dtype None stores the parameters as they are. transformers and others load it. Raises
-        ValueError where there are adapters, which nobody would find in it: see merge_lora.
+        dtype None stores the parameters as they are. transformers and others load it. Of a sharded
+        model each tensor is put together as it is written, by all processes: one has the folder,
+        the others give None. Raises ValueError where there are adapters, which nobody would find
+        in it: see merge_lora.
         """
         if self.lora_layers():
             raise ValueError(f"{folder}: not written: adapters are merged first, by merge_lora")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         family, tensors = FAMILIES[self.config.family], {}
         for name, ours in self._checkpoint_names().items():
             tensor = (
@@ -854,6 +854,12 @@ class Transformer(nn.Module):
             if family.conv1d and name.startswith("h.") and tensor.dim() == 2:
                 tensor = tensor.t()
             tensors[name if name.startswith("lm_head.") else family.prefix + name] = tensor
+        if folder is None:
+            for tensor in tensors.values():
+                tensor.full_tensor()
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.embed_tokens.weight.dtype
         config = self.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -1057,6 +1063,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], dtype: torch.dtype | Non
     with open(temporary, "wb") as f:
         f.write(len(encoded).to_bytes(8, "little") + encoded)
         for t in tensors.values():
+            t = t.full_tensor() if isinstance(t, DTensor) else t
             t = t.detach().to("cpu", dtype).contiguous()
             f.write(t.flatten().view(torch.uint8).numpy().data)
     os.replace(temporary, path)

@@ -269,19 +269,6 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def gathered(model: Transformer) -> Transformer:
-    """The model on the CPU of process 0, as it is to be stored; a GPU holds a tensor at a time."""
-    with torch.device("meta"):
-        plain = Transformer(model.config)
-    for name, p in model.named_parameters():
-        x = whole(p.detach())  # by all processes
-        if rank() == 0:
-            module, _, leaf = name.rpartition(".")
-            x = torch.nn.Parameter(x.to("cpu", getattr(torch, model.config.dtype)))
-            setattr(plain.get_submodule(module), leaf, x)
-    return plain
-
-
 # ---------------------------------------------------------------------------------------------
 # The parts of a step.
 
@@ -757,11 +744,11 @@ def estimate_memory(
     around = weights - a_block * c.n_layers  # embedding and lm_head
     if shards > 1:
         cast = around + 2 * a_block * size // 4
-    # lm_head: cast; its gradient and one group's share of it; the group's logits, twice over
+    # lm_head: cast; its gradient and one group's share of it; the group's logits, a few in float32
     n_predicted = sum(m + r + (p if sft_loss == "full" else 0) for p, m, r in lengths)
     group = min(n_predicted, 2048) * c.vocab_size  # orpo.pair_groups
     head = c.vocab_size * c.dim * model.lm_head_weight.requires_grad  # frozen: no gradient
-    lm_head = head * (8 + size % 4) + group * (4 + size % 4)
+    lm_head = head * (8 + size % 4) + group * size + min(group, 2**20) * 2 * (size % 4)
     kept = c.n_layers * (size * n * c.dim if model.activation_checkpointing else block)
     # The most is needed in front of the backward pass, by the loss; or, with checkpointing, in its
     # first block; or at its end, when all gradients are there (and of tied embeddings both parts,
@@ -811,8 +798,9 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optim
     return adamw
 
 
-def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[int, list[Pair]]:
-    """Prints what the run will do; returns its number of steps and its largest micro-batch."""
+def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[int, list, bool]:
+    """Prints what the run will do; returns its number of steps, its largest micro-batch, and
+    whether some step has several."""
     an_epoch = steps_in_epoch(pairs, config)
     total = config.max_steps or config.epochs * an_epoch
     steps = [data.deal(step_pairs(pairs, k, config), world()) for k in range(1, total + 1)]
@@ -821,13 +809,8 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
     parts = [part for shares in steps for share in shares for part in data.cut(share, budget)]
     tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]
-    memory = estimate_memory(
-        model,
-        largest,
-        len(parts) > total * world(),
-        config.sft_loss,
-        world() if config.shard else 1,
-    )
+    several, shards = len(parts) > total * world(), world() if config.shard else 1
+    memory = estimate_memory(model, largest, several, config.sft_loss, shards)
     print(
         f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "
         f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "
@@ -844,17 +827,22 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
         f"memory   about {gigabytes(memory)} at the most: weights, gradients, moments, activations",
         flush=True,
     )
-    return total, largest
+    return total, largest, several
 
 
-def try_micro_batch(model: Transformer, optimizer, pairs: list[Pair], config: TrainConfig, device):
-    """A step without effect, after which Adam has its moments: out of memory comes now or never."""
+def try_micro_batch(model, optimizer, pairs: list[Pair], several: bool, config, device):
+    """A step without effect, after which Adam has its moments: out of memory comes now or never.
+
+    several: a step has other micro-batches too, whose gradients are there while this one runs.
+    """
     n = sum(pair.n_tokens for pair in pairs)
     try:
-        for p in trainable(model):  # a later step holds them and Adam's moments by then
+        for p in trainable(model):
             p.grad = torch.zeros_like(p)
         optimizer.found_inf.fill_(1)
         optimizer.step()
+        if not several:
+            optimizer.zero_grad(set_to_none=True)
         with weights_ready(model):
             for batch in micro_batches(pairs, config, dealt=False):
                 forward(model, batch, config.lam, len(pairs), device).loss.backward()
@@ -883,9 +871,9 @@ def train(config: TrainConfig) -> int:
         print(json.dumps(evaluation(0)))
         return 0
 
-    total, largest = plan(model, pairs, config)
+    total, largest, several = plan(model, pairs, config)
     optimizer = make_optimizer(model, config)
-    try_micro_batch(model, optimizer, largest, config, device)
+    try_micro_batch(model, optimizer, largest, several, config, device)
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     answers_before = answers(model, tokenizer, shown, 64, device)
     barrier()  # every process has looked into --out
@@ -950,10 +938,11 @@ def train(config: TrainConfig) -> int:
                 return 128 + stop  # as a shell counts
             clock += time.perf_counter() - pause
 
-    trained = gathered(model) if config.shard else model
     if rank() == 0:
-        save_model(trained, tokenizer, rows, config, out / "model")
+        save_model(model, tokenizer, rows, config, out / "model")
         print_changes(out, total)
+    elif config.shard:
+        model.save_pretrained(None)
     answers_after = answers(model, tokenizer, shown, 64, device)
     for prompt, before, after in zip(shown, answers_before, answers_after, strict=True):
         print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")

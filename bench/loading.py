@@ -1,6 +1,7 @@
 """What loading costs: memory of a 1.1-billion-parameter checkpoint, speed of tokenizers, packing.
 
-    python bench/loading.py memory FOLDER            writes 2 GB of random weights there, loads them
+    python bench/loading.py memory FOLDER            writes 2 GB of random weights there, loads and
+                                                     saves them: alone, and cut up over 2 processes
     python bench/loading.py tokens TEXT DIR [DIR ...]    characters a second, beside the libraries'
     python bench/loading.py packing                  how long a step waits for its tensors
 
@@ -8,6 +9,7 @@ TEXT is any text file. Each figure of memory is from a process of its own (its p
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import resource
@@ -18,13 +20,14 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 from bench.gpu import random_pairs
 from model import ModelConfig, Segments, Transformer
-from train import TrainConfig, micro_batches, step_flops
+from train import TrainConfig, micro_batches, pick_device, rank, shard, step_flops, world
 
 SHAPE = ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4)
 
@@ -43,7 +46,12 @@ def memory(folder: Path, dtype: str | None):
             subprocess.run(
                 [sys.executable, __file__, "memory", folder, "--dtype", dtype], check=True
             )
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command = [*torchrun, __file__, "memory", folder, "--dtype", "float32"]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return
+    if "WORLD_SIZE" in os.environ:
+        return memory_cut_up(folder)
     before = peak_gb()
     model = Transformer.from_pretrained(folder / "in", dtype=getattr(torch, dtype))
     size, loaded = sum(p.nbytes for p in model.parameters()) / 2**30, peak_gb()
@@ -52,6 +60,28 @@ def memory(folder: Path, dtype: str | None):
         f"{dtype}: model {size:.2f} GB; peak {before:.2f} GB before, {loaded:.2f} GB loaded, "
         f"{peak_gb():.2f} GB saved as bfloat16"
     )
+
+
+def memory_cut_up(folder: Path):
+    """One of torchrun's processes, of which each keeps a part of every weight, in float32."""
+    config = TrainConfig(dtype="bfloat16", device="cpu", shard=True)
+    device = pick_device(config)
+    before = peak_gb()
+    cut = functools.partial(shard, config=config, device=device)
+    model = Transformer.from_pretrained(folder / "in", device, torch.float32, cut)
+    size = sum(p.to_local().nbytes for p in model.parameters()) / 2**30
+    loaded = peak_gb()
+    model.save_pretrained(folder / "out" if rank() == 0 else None, dtype=torch.bfloat16)
+    found = [None] * world()
+    dist.all_gather_object(found, (size, before, loaded, peak_gb()))
+    for i, (size, before, loaded, saved) in enumerate(found):
+        print(
+            f"process {i} of {world()}: its part {size:.2f} GB; peak {before:.2f} GB before, "
+            f"{loaded:.2f} GB loaded, {saved:.2f} GB saved as bfloat16"
+        )
+    sys.stdout.flush()
+    dist.destroy_process_group()
+    os._exit(0)  # as train.py does, and for its reason
 
 
 def tokens(text: str, folder: Path):

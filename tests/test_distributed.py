@@ -156,6 +156,38 @@ def test_process_0_alone_speaks_and_tells_the_balance(two_processes):
     assert two_processes[1].count("over 2 processes, the busiest with 1.") == 5
 
 
+LOAD_AND_SAVE = """
+import functools, os, sys, torch, train
+source, out = sys.argv[1:]
+config = train.TrainConfig(shard=True, device="cpu")
+device = train.pick_device(config)
+cut = functools.partial(train.shard, config=config, device=device)
+model = train.Transformer.from_pretrained(source, device, torch.float32, cut)
+assert all(2 * p.to_local().numel() < 1.1 * p.numel() for p in model.parameters() if p.dim() == 2)
+model.save_pretrained(out if train.rank() == 0 else None, shard_bytes=30_000)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_that_is_cut_up_is_saved_as_it_was_loaded(family, tmp_path):
+    """GPT-2 has its matrices the other way round, and those of q, k and v in one."""
+    torch.manual_seed(0)
+    gpt = {"layer_norm": True, "qkv_bias": True, "bias": True, "gated": False, "position_offset": 0}
+    more = {**gpt, "rotary_fraction": 0, "tie_embeddings": True} if family == "gpt2" else {}
+    model = Transformer(ModelConfig(101, 36, 2, 2, 50, family=family, max_seq_len=64, **more))
+    model.save_pretrained(tmp_path / "in", shard_bytes=30_000)
+    (tmp_path / "script.py").write_text(LOAD_AND_SAVE)
+    process = start(2, [str(tmp_path / name) for name in ("in", "out")], tmp_path / "script.py")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    written = sorted(file.name for file in (tmp_path / "out").glob("model*"))
+    assert written == sorted(file.name for file in (tmp_path / "in").glob("model*"))
+    assert len(written) > 2
+    for name in written:
+        assert (tmp_path / "in" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_what_is_not_finite_is_found_by_every_process(folder, two_processes):
     out, _, errors = two_processes
     assert errors.count(f"step 1: not finite: {folder / 'train.jsonl'}:") == 2
