@@ -246,7 +246,8 @@ def alternate(
         finally:
             for worker in workers:
                 worker.stop()
-    flops, rates = ready[0]["flops"][warmup : len(rates)], rates[warmup:]
+    flops, padded = (ready[0][key][warmup : len(rates)] for key in ("flops", "padded"))
+    rates = rates[warmup:]
     rows = []
     for worker, loss, used in zip(workers, losses, memory, strict=True):
         times = worker.seconds[warmup:]
@@ -265,7 +266,8 @@ def alternate(
         )
     title = (
         f"### {pair_set} pairs ({size} a step), {dtype}\n\n{len(rates)} rounds; a step needs "
-        f"{statistics.mean(flops) / 1e9:.0f} GFLOP; matrix products run at "
+        f"{statistics.mean(flops) / 1e9:.0f} GFLOP, padded and with each prompt twice "
+        f"{sum(padded) / sum(flops):.2f} times that; matrix products run at "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s; others took {others:.0%} of the cores\n\n"
     )
     heads = ["", "ms a step (quartiles)", "times ours (quartiles)", "share of product rate"]
@@ -339,8 +341,8 @@ def main():
     parser.add_argument("--dtype", choices=TOLERANCE, help="one dtype (default: both)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
     parser.add_argument("--rounds", type=positive, default=30, help="at most")
-    parser.add_argument("--seconds", type=positive, default=70, help="a table, after warm-up")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds that do not count")
+    parser.add_argument("--seconds", type=positive, default=60, help="a table, after warm-up")
+    parser.add_argument("--warmup", type=positive, default=4, help="rounds that do not count")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=results_file(), help="file to write")
     parser.add_argument("--append", action="store_true", help="to it, without a head")

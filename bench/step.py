@@ -2,6 +2,7 @@
 machine's own matrix-product rate, memory.
 
     python bench/step.py [--set short|long] [--dtype float32|bfloat16] [--steps N] [--threads N]
+                         [--profile]                       which operations take the time
     torchrun --nproc-per-node N bench/step.py --threads 1 ...      the same steps over N processes
 
 A step is what train.py does between two rows of metrics: packing, forward, backward, clipping at
@@ -62,15 +63,28 @@ def needed_flops(model: Transformer, pairs: list[data.Pair]) -> int:
     return model.training_flops([pair.lengths for pair in pairs], n_predicted(pairs))
 
 
-def start(folder, dtype: str):
-    """(model, optimizer, config, device) as train.py has them before step 1."""
+def padded_flops(model: Transformer, pairs: list[data.Pair]) -> int:
+    """The same where each response has its own prompt, lm_head runs everywhere, and all sequences
+    are filled up to the longest; nothing is computed again in the backward pass."""
+    longest = max(p + max(c, r) for p, c, r in (pair.lengths for pair in pairs))
+    sequences = [(0, longest, 0)] * 2 * len(pairs)
+    return model.training_flops(sequences, longest * len(sequences))
+
+
+def start(folder, dtype: str, steps: list[list[data.Pair]]):
+    """(model, optimizer, config, device) as train.py has them before step 1: the largest step has
+    been tried."""
     config = train.TrainConfig(
         lam=LAM, sft_loss="full", lr=LR, grad_clip=1.0, device="cpu", dtype=dtype
     )
     device = train.pick_device(config)  # which also tells malloc to keep what it has
     model = Transformer.from_pretrained(folder, device=device, dtype=torch.float32)
     model.compute_dtype = getattr(torch, dtype)
-    return model, train.make_optimizer(model, config), config, device
+    optimizer = train.make_optimizer(model, config)
+    shares = [share for pairs in steps for share in data.deal(pairs, train.world())]
+    largest = max(shares, key=lambda pairs: sum(pair.n_tokens for pair in pairs))
+    train.try_micro_batch(model, optimizer, largest, False, config, device)
+    return model, optimizer, config, device
 
 
 def save_random_model(folder, shape: ModelConfig = SHAPE, seed: int = 0):
@@ -78,18 +92,19 @@ def save_random_model(folder, shape: ModelConfig = SHAPE, seed: int = 0):
     Transformer(shape).save_pretrained(folder)
 
 
-def product_rate(dtype: torch.dtype, n: int = 1024, repeat: int = 8) -> float:
-    """Operations a second of an (n, n, n) matrix product, the best of several, nothing allocated.
+def product_rate(dtype: torch.dtype, n: int = 1024, seconds: float = 0.25) -> float:
+    """Operations a second of (n, n, n) matrix products, over as long as a step; nothing allocated.
 
     1,024 was the fastest of 512 to 4,096 and of lm_head's own shape where this was written.
     """
     a, b = torch.randn(2, n, n).to(dtype)
-    out, best = torch.empty(n, n, dtype=dtype), math.inf
-    for _ in range(repeat):
-        begin = time.perf_counter()
+    out = torch.empty(n, n, dtype=dtype)
+    torch.mm(a, b, out=out)
+    done, begin = 0, time.perf_counter()
+    while (taken := time.perf_counter() - begin) < seconds:
         torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n**3 / best
+        done += 2 * n**3
+    return done / taken
 
 
 def memory_gb(field: str = "VmHWM") -> float:
@@ -145,9 +160,10 @@ def serve(args):
     """Ours. Each step takes the next pairs of the file."""
     turns = Turns()
     pairs = [data.Pair(*pair) for pair in json.loads(args.pairs.read_text())]
-    model, optimizer, config, device = start(args.model, args.dtype)
     steps = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
-    turns.ready(flops=[needed_flops(model, step) for step in steps])
+    model, optimizer, config, device = start(args.model, args.dtype, steps)
+    flops, padded = ([f(model, step) for step in steps] for f in (needed_flops, padded_flops))
+    turns.ready(flops=flops, padded=padded)
     for step in steps:
         turns.wait()
         outputs, _ = train.training_step(model, optimizer, step, config, device)
@@ -157,25 +173,29 @@ def serve(args):
 
 def measure(args):
     """The card: warm up, then steps and matrix products in turn."""
-    pairs = make_pairs(args.set, args.steps + 3)
+    pairs, size, rows = make_pairs(args.set, args.steps + 3), PAIRS_A_STEP[args.set], []
+    steps = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(folder)
-        model, optimizer, config, device = start(folder, args.dtype)
-    before, size, rows = memory_gb("VmRSS"), PAIRS_A_STEP[args.set], []
-    for i in range(0, len(pairs), size):
-        step = pairs[i : i + size]
+        model, optimizer, config, device = start(folder, args.dtype, steps)
+    for step in steps:
         begin = time.perf_counter()
         train.training_step(model, optimizer, step, config, device)
         seconds = time.perf_counter() - begin
         rate = product_rate(model.compute_dtype)
         tokens = sum(pair.n_tokens for pair in step)
         rows.append((seconds, tokens / seconds, needed_flops(model, step) / seconds / rate, rate))
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            for step in steps[3:]:
+                train.training_step(model, optimizer, step, config, device)
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
     seconds, speed, share, rate = (statistics.median(c) for c in zip(*rows[3:], strict=True))
     result = {
         **{"set": args.set, "dtype": args.dtype, "threads": torch.get_num_threads()},
         **{"ms_a_step": 1000 * seconds, "tokens_per_second": speed},
         **{"product_gflops": rate / 1e9, "share_of_product_rate": share},
-        **{"peak_gb": memory_gb(), "loaded_gb": before},
+        "peak_gb": memory_gb(),
         **{"torch": torch.__version__, "machine": platform.machine()},
     }
     if train.rank() == 0:
@@ -203,6 +223,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=positive, default=20, help="after three to warm up")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
+    parser.add_argument("--profile", action="store_true", help="then the same steps, profiled")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
