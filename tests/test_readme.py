@@ -53,6 +53,7 @@ def test_the_commands_run_in_their_order_at_tiny_size(tmp_path):
     assert not torch.equal(trained.lm_head_weight, base.lm_head_weight)
 
 
+@pytest.mark.slow
 def test_the_built_in_job_owns_its_folder_and_replaces_it(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--max-steps", "1", "--eval-data"]
     rows = (ROOT / "examples" / "facts" / "eval.jsonl").read_text(encoding="utf-8").splitlines()

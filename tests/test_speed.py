@@ -179,7 +179,7 @@ def test_weights_are_cast_once_a_step():
     assert casts.n == 4  # gate and up, two layers
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_blocks_are_compiled_once(checkpointing):
     model, config = tiny(), train.TrainConfig(dtype="float32", sft_loss="full")
     model.activation_checkpointing = checkpointing

@@ -438,7 +438,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(arguments, folder, tmp
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n_kv_heads", [8, 2])
+@pytest.mark.parametrize("n_kv_heads", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_the_memory_estimate_is_within_15_percent_of_what_a_step_holds(
     checkpointing, dtype, n_kv_heads
 ):
