@@ -397,6 +397,11 @@ def to_device(x: Tensor, device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which each process has a part, put together by all of them; another as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 # Newer releases of torch want to be told of grouped-query attention, older ones know no such word.
 _GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 USE_VARLEN = True  # tests set it to False to compare the two roads on one device
@@ -856,7 +861,7 @@ class Transformer(nn.Module):
             tensors[name if name.startswith("lm_head.") else family.prefix + name] = tensor
         if folder is None:
             for tensor in tensors.values():
-                tensor.full_tensor()
+                whole(tensor)
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -1063,7 +1068,6 @@ def write_safetensors(path, tensors: dict[str, Tensor], dtype: torch.dtype | Non
     with open(temporary, "wb") as f:
         f.write(len(encoded).to_bytes(8, "little") + encoded)
         for t in tensors.values():
-            t = t.full_tensor() if isinstance(t, DTensor) else t
-            t = t.detach().to("cpu", dtype).contiguous()
+            t = whole(t.detach()).to("cpu", dtype).contiguous()
             f.write(t.flatten().view(torch.uint8).numpy().data)
     os.replace(temporary, path)

@@ -47,12 +47,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data
 from data import Batch, Pair
-from model import Segments, Transformer, to_device
+from model import Segments, Transformer, to_device, whole
 from orpo import fused_linear_orpo, log_odds, pair_groups
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -262,11 +261,6 @@ def weights_ready(model: Transformer):
     else:
         yield
         model.reshard()
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process has a part, put together; another as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # ---------------------------------------------------------------------------------------------
@@ -744,11 +738,13 @@ def estimate_memory(
     around = weights - a_block * c.n_layers  # embedding and lm_head
     if shards > 1:
         cast = around + 2 * a_block * size // 4
-    # lm_head: cast; its gradient and one group's share of it; the group's logits, a few in float32
+    # lm_head: cast; its gradient and one group's share of it; the group's logits, and those
+    # of a few rows in float32 (orpo._others_softmax)
     n_predicted = sum(m + r + (p if sft_loss == "full" else 0) for p, m, r in lengths)
     group = min(n_predicted, 2048) * c.vocab_size  # orpo.pair_groups
     head = c.vocab_size * c.dim * model.lm_head_weight.requires_grad  # frozen: no gradient
-    lm_head = head * (8 + size % 4) + group * size + min(group, 2**20) * 2 * (size % 4)
+    lm_head = head * (8 + size % 4) + group * size
+    lm_head += 4 * min(group, 2**20) * (size == 2)
     kept = c.n_layers * (size * n * c.dim if model.activation_checkpointing else block)
     # The most is needed in front of the backward pass, by the loss; or, with checkpointing, in its
     # first block; or at its end, when all gradients are there (and of tied embeddings both parts,
@@ -806,10 +802,12 @@ def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[in
     steps = [data.deal(step_pairs(pairs, k, config), world()) for k in range(1, total + 1)]
     loads = [[sum(pair.n_tokens for pair in share) for share in shares] for shares in steps]
     budget = config.micro_batch_tokens
-    parts = [part for shares in steps for share in shares for part in data.cut(share, budget)]
+    cuts = [data.cut(share, budget) for shares in steps for share in shares]
+    parts = [part for cut in cuts for part in cut]
     tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]
-    several, shards = len(parts) > total * world(), world() if config.shard else 1
+    several = max(map(len, cuts)) > 1  # not by len(parts): a process may have no pair in a step
+    shards = world() if config.shard else 1
     memory = estimate_memory(model, largest, several, config.sft_loss, shards)
     print(
         f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "

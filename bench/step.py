@@ -93,7 +93,7 @@ def save_random_model(folder, shape: ModelConfig = SHAPE, seed: int = 0):
 
 
 def product_rate(dtype: torch.dtype, n: int = 1024, seconds: float = 0.25) -> float:
-    """Operations a second of (n, n, n) matrix products, over as long as a step; nothing allocated.
+    """Operations a second of (n, n, n) matrix products, sustained, nothing allocated.
 
     1,024 was the fastest of 512 to 4,096 and of lm_head's own shape where this was written.
     """

@@ -226,6 +226,7 @@ def table(rows: list[list]) -> str:
 
 
 def as_markdown(results: dict, verdicts: list[Verdict]) -> str:
+    """The README.md of a comparison, top to bottom: what ran, the tables, the verdicts."""
     task, machine, runs = results["task"], results["machine"], results["runs"]
     seconds, checked, lrs = results["seconds"], task["checked"], results["lr"]
     text = [

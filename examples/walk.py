@@ -42,6 +42,7 @@ def token_logps(model: Transformer, prompt: list[int], response: list[int]) -> t
 
 
 def walk(line: int, lam: float):
+    """Prints one pair's way from tokens to gradient, each number by our code and by the formula."""
     model, tokenizer, pair = read(line)
     p, m, r = pair.lengths
     print(data.show(pair, tokenizer, data.use_colour()))

@@ -78,6 +78,22 @@ def test_the_shares_hold_the_weights_of_the_whole_step_in_equal_numbers_of_micro
         assert all(len(batch.tokens) for batches in shares for batch in batches)
 
 
+@pytest.mark.parametrize(("budget", "expected"), [(100, True), (120, False)])
+def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_processes_idle(
+    budget, expected, monkeypatch
+):
+    """Ten pairs of 60 tokens by nine, over eight processes: one has two of them, later seven none,
+    so there are fewer micro-batches than processes and steps."""
+    monkeypatch.setattr(train, "world", lambda: 8)
+    config = train.TrainConfig(batch_size=9, micro_batch_tokens=budget, dtype="float32")
+    model = Transformer(ModelConfig(10, 8, 1, 1, 8))
+    model.compute_dtype = torch.float32
+    total, largest, several = train.plan(
+        model, [data.Pair([1] * 20, [1] * 20, [1] * 20)] * 10, config
+    )
+    assert (total, len(largest), several) == (2, 1 if expected else 2, expected)
+
+
 def test_an_empty_micro_batch_adds_zeros():
     torch.manual_seed(0)
     model = Transformer(ModelConfig(100, 16, 2, 2, 24, tie_embeddings=True))
