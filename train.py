@@ -596,21 +596,25 @@ def pick_device(config: TrainConfig) -> torch.device:
 
     Raises ValueError.
     """
-    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        device = torch.device(wanted)
     except RuntimeError:
-        raise ValueError(f"--device {config.device}: unknown; cpu, cuda, cuda:1 ...") from None
+        raise ValueError(f"--device {wanted}: unknown; use cpu, cuda or cuda:1") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {config.device}: only cpu and cuda are supported")
+        raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
     several = "WORLD_SIZE" in os.environ  # torchrun says so
     if config.shard and not several:
         raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")
-    if several and device.type == "cuda":  # --device cuda is the process's own
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        n = torch.cuda.device_count()
-        raise ValueError(f"--device {device}: this machine shows {n} CUDA devices")
+    if device.type == "cuda":
+        if several and device.index is not None:
+            raise ValueError(f"--device {wanted}: torchrun gives each process its own: use cuda")
+        # With its index: a device without one means the current GPU, and set_device refuses it.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if several else device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            n, which = torch.cuda.device_count(), f" (local rank {device.index})" if several else ""
+            raise ValueError(f"--device {wanted}{which}: this machine shows {n} CUDA devices")
+    config.device = str(device)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
