@@ -610,7 +610,9 @@ def pick_device(config: TrainConfig) -> torch.device:
         if several and device.index is not None:
             raise ValueError(f"--device {wanted}: torchrun gives each process its own: use cuda")
         # With its index: a device without one means the current GPU, and set_device refuses it.
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if several else device.index or 0)
+        device = torch.device(
+            "cuda", int(os.environ["LOCAL_RANK"]) if several else device.index or 0
+        )
         if device.index >= torch.cuda.device_count():
             n, which = torch.cuda.device_count(), f" (local rank {device.index})" if several else ""
             raise ValueError(f"--device {wanted}{which}: this machine shows {n} CUDA devices")
