@@ -1,32 +1,24 @@
-"""A GPT-style transformer over packed sequences, which reads and writes Hugging Face checkpoints.
+"""A GPT-style transformer over packed sequences.
 
 Notable features:
-- one architecture; a family (Llama, Mistral, Qwen2, Qwen3, Phi, GPT-2, OPT) is a row of FAMILIES:
-  values of ModelConfig and names of parameters, never a subclass
-- a packed micro-batch has no batch axis and no padding: N tokens in a row, and `Segments` says
-  which queries see which keys. A shared prompt is computed once (the picture is in data.py)
-- one attention function: Flash `varlen_attn` on CUDA, scaled_dot_product_attention elsewhere;
-  a decoding step is the same call with one query, and so is a rejected branch over its prompt
-- safetensors by hand, memory-mapped, every name, shape and offset checked
+- One architecture. A family (Llama, Mistral, Qwen2, Qwen3, Phi, GPT-2, OPT) is a set of values of
+  ModelConfig, never a subclass. Names and files of Hugging Face are checkpoint.py's.
+- A packed micro-batch has no batch axis and no padding: N tokens in a row, and `Segments` says
+  which queries see which keys. So a shared prompt is computed once (data.py has the picture).
+- One attention function: Flash `varlen_attn` on CUDA, scaled_dot_product_attention elsewhere. A
+  decoding step is the same call with one query, and so is a rejected response over its prompt.
 
-dtypes: parameters stay as loaded (float32 where they are trained). `compute_dtype` is that of the
-residual stream and the matrix products, to which each weight is cast where it is used. Norms are
-computed in float32 (float64 for float64), rotary angles in float32. There is no dropout.
+dtypes: parameters stay as they were loaded, which is float32 where they are trained. The residual
+stream and the matrix products are in `compute_dtype`, to which a weight is cast where it is used.
+Norms compute in float32 inside (float64 for float64), rotary angles in float32. No dropout.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
 H heads, K key/value heads, d head size, V vocabulary.
 """
 
-import contextlib
 import functools
 import inspect
-import json
 import math
-import mmap
-import os
-import re
-import sys
-import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +30,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+
+from checkpoint import config_json, config_values, read_json, read_weights, write_weights
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS |= {"gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
 
 
 @dataclass
@@ -74,6 +76,9 @@ class ModelConfig:
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
         self.windows = self.windows or [None] * self.n_layers
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation {self.activation!r} is not supported, only {known}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads do not share {self.n_kv_heads} key/value heads")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
@@ -85,191 +90,16 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path) -> "ModelConfig":
-        """Reads a Hugging Face config.json, old keys or new. Raises ValueError with the path."""
+        """Reads a Hugging Face config.json. Raises FileNotFoundError, ValueError with the path."""
         source = read_json(Path(path))
         try:
-            return cls._from_keys(source)
+            return cls(**config_values(source, {f.name: f.type for f in fields(cls)}))
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error!s:.300}") from None
 
-    @classmethod
-    def _from_keys(cls, source: dict) -> "ModelConfig":
-        family = FAMILIES.get(str(source.get("model_type")))
-        if family is None:
-            found, known = source.get("model_type"), ", ".join(FAMILIES)
-            raise ValueError(f"model_type {found!r:.80} is not supported, only {known}")
-        if quantised := source.get("quantization_config"):
-            raise ValueError(f"quantised weights are not supported: {quantised!r:.80}")
-        keys = LLAMA_KEYS | family.keys
-        # transformers 5 renamed some keys; the old ones win, as most checkpoints have them
-        rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_scaling {rope!r:.80} is not an object")
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"
-        c = {"torch_dtype": source.get("dtype"), "rope_type": rope_type, **rope}
-        c |= {key: value for key, value in source.items() if value is not None}
-        for key, supported in family.only.items():
-            if key in c and c[key] not in supported:
-                raise ValueError(f"{key} {c[key]!r} is not supported, only {supported}")
-        activation = c.get(keys["activation"], family.fields.get("activation", "silu"))
-        if str(activation) not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation {activation!r} is not supported, only {known}")
-        if c.get("word_embed_proj_dim", c.get("hidden_size")) != c.get("hidden_size"):
-            raise ValueError("OPT-350M projects its embeddings and is not supported")
-        ours = {name: c[key] for name, key in keys.items() if c.get(key) is not None}
-        if source["model_type"] == "gpt2" and "n_embd" in c:
-            ours.setdefault("hidden_dim", 4 * c["n_embd"])
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"):
-            if name not in ours:
-                raise ValueError(f"key {keys[name]!r} is missing")
-        for f in fields(cls):
-            most = 1000 if f.name == "n_layers" else 2**63 if f.type is float else 2**31
-            if f.name in ours and not _fits(ours[f.name], f.type, most):
-                raise ValueError(f"{keys[f.name]} cannot be {ours[f.name]!r:.80}")
-        for key in ROPE_NUMBERS.get(str(rope_type), ()):
-            if not _fits(rope.get(key), float):
-                raise ValueError(f"rope_scaling of type {rope_type} needs a number {key!r} above 0")
-        ours["windows"] = _windows(c, ours["n_layers"]) if family.windows else []
-        ours["rope_scaling"] = rope | {"rope_type": rope_type} if rope_type != "default" else {}
-        return cls(**family.fields | ours, family=source["model_type"], source=source)
-
     def to_json(self) -> dict:
-        """The config.json to save: what was read, and what we know under the family's keys."""
-        family = FAMILIES[self.family]
-        known = {key: getattr(self, name) for name, key in (LLAMA_KEYS | family.keys).items()}
-        if self.position_offset is not None and self.source:
-            # Less those that mean nothing where nothing is rotated.
-            known = {key: known[key] for key in known if key in self.source or key == "torch_dtype"}
-        kept = {key: value for key, value in self.source.items() if key != "dtype"}
-        return kept | known | {"architectures": [family.architecture], "model_type": self.family}
-
-
-def _fits(value, kind, most=2**31) -> bool:
-    """Is of this type; a number is between 0 and most, which NaN is not."""
-    if kind not in (int, float):
-        return isinstance(value, kind)
-    right = isinstance(value, (int, float) if kind is float else int)
-    return right and not isinstance(value, bool) and 0 < value < most
-
-
-def _windows(c: dict, n_layers: int) -> list:
-    """How far back each layer sees: Mistral everywhere, Qwen only in the layers switched on."""
-    size = c.get("sliding_window")
-    if not size or (c["model_type"] != "mistral" and not c.get("use_sliding_window")):
-        return []
-    if not _fits(size, int):
-        raise ValueError(f"sliding_window cannot be {size!r:.80}")
-    first = c.get("max_window_layers", 28) if c["model_type"] != "mistral" else 0
-    types = ["sliding_attention" if i >= first else "full" for i in range(n_layers)]
-    types = c.get("layer_types", types)
-    if not isinstance(types, list) or len(types) != n_layers:
-        raise ValueError(f"layer_types must list {n_layers} layers, not {types!r:.80}")
-    return [size if t == "sliding_attention" else None for t in types]
-
-
-class Family(NamedTuple):
-    """What a Hugging Face architecture calls things, and which values make it what it is."""
-
-    architecture: str
-    keys: dict = {}  # ours: the key in config.json, where it is not Llama's  # noqa: RUF012
-    fields: dict = {}  # values of ModelConfig that config.json need not say  # noqa: RUF012
-    only: dict = {}  # keys of config.json whose other values are not built here  # noqa: RUF012
-    names: dict = {}  # our parameters, without layer and leaf: the checkpoint's  # noqa: RUF012
-    prefix: str = "model."  # of every name but lm_head's
-    conv1d: bool = False  # a block's matrices are stored (in, out)
-    windows: bool = False  # may have a sliding window
-
-
-# fmt: off
-LLAMA_KEYS = {
-    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size",
-    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta", "max_seq_len": "max_position_embeddings",
-    "tie_embeddings": "tie_word_embeddings", "activation": "hidden_act", "dtype": "torch_dtype",
-}
-ROPE_NUMBERS = {
-    "default": (), "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-ROPE = {"rope_type": tuple(ROPE_NUMBERS)}
-GPT = {"layer_norm": True, "qkv_bias": True, "bias": True, "gated": False, "norm_eps": 1e-5}
-FAMILIES = {
-    "llama": Family(
-        "LlamaForCausalLM", only={"attention_bias": (False,), "mlp_bias": (False,)} | ROPE,
-    ),
-    "mistral": Family("MistralForCausalLM", only=ROPE, windows=True),
-    "qwen2": Family("Qwen2ForCausalLM", fields={"qkv_bias": True}, only=ROPE, windows=True),
-    "qwen3": Family(
-        "Qwen3ForCausalLM", fields={"qk_norm": True, "head_dim": 128},
-        only={"attention_bias": (False,)} | ROPE, windows=True,
-    ),
-    "phi": Family(
-        "PhiForCausalLM",
-        keys={"norm_eps": "layer_norm_eps", "rotary_fraction": "partial_rotary_factor"},
-        fields=GPT | {
-            "lm_head_bias": True, "parallel": True, "rotary_fraction": 0.5,
-            "activation": "gelu_new",
-        },
-        only={"qk_layernorm": (False,)} | ROPE,
-        names={
-            "self_attn.o_proj": "self_attn.dense", "mlp.up_proj": "mlp.fc1",
-            "mlp.down_proj": "mlp.fc2", "norm": "final_layernorm",
-        },
-    ),
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        keys={
-            "dim": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "hidden_dim": "n_inner",
-            "max_seq_len": "n_positions", "norm_eps": "layer_norm_epsilon",
-            "activation": "activation_function",
-        },
-        fields=GPT | {
-            "tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0,
-            "activation": "gelu_new", "max_seq_len": 1024,
-        },
-        only={
-            "scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,),
-            "add_cross_attention": (False,),
-        },
-        names={
-            "embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "norm": "ln_f",
-            "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-            "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
-            "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
-            "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
-        },
-        prefix="transformer.", conv1d=True,
-    ),
-    "opt": Family(
-        "OPTForCausalLM",
-        keys={"hidden_dim": "ffn_dim", "activation": "activation_function"},
-        fields=GPT | {
-            "tie_embeddings": True, "rotary_fraction": 0, "position_offset": 2,
-            "activation": "relu",
-        },
-        only={
-            "do_layer_norm_before": (True,), "enable_bias": (True,),
-            "layer_norm_elementwise_affine": (True,), "_remove_final_layer_norm": (False,),
-        },
-        names={
-            "self_attn.o_proj": "self_attn.out_proj", "input_layernorm": "self_attn_layer_norm",
-            "post_attention_layernorm": "final_layer_norm", "mlp.up_proj": "fc1",
-            "mlp.down_proj": "fc2", "norm": "final_layer_norm",
-        },
-        prefix="model.decoder.",
-    ),
-}
-# fmt: on
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-ACTIVATIONS |= {"gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
+        """What a config.json of this model holds."""
+        return config_json(self)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,37 +107,22 @@ ACTIVATIONS |= {"gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
 
 
 class Linear(nn.Linear):
-    """A projection whose weight is cast to the dtype of what comes in: see `compute_dtype`."""
+    """A projection whose weight is cast to the dtype of its input, where it is used.
 
-    cast = None  # the weight already cast, within Transformer.cast_weights
-
-    def forward(self, x):
-        weight = self.weight if self.cast is None else self.cast
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight.to(x.dtype), bias)
-
-
-class LoRALinear(Linear):
-    """W x + (alpha / rank) B A x: W is frozen, A (rank, in) and B (out, rank) are trained.
-
-    B is zero at the start, so that nothing changes yet (Hu et al., arXiv 2106.09685).
+    Cast here, in every micro-batch, and not once a step: the gradient then leaves autograd in the
+    weight's own float32 and adds up there over micro-batches, nobody keeps a second copy of the
+    weights (with activation checkpointing one block's at a time is alive), and for torch.compile
+    a parameter's shape is a constant. A cast reads and writes 6 bytes a weight, which is little
+    beside a micro-batch of thousands of tokens.
     """
 
-    def __init__(self, base: Linear, rank: int, alpha: float, generator: torch.Generator):
-        super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
-        bound = base.in_features**-0.5
-        a = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(a.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-
-    def forward(self, x):
-        thin = F.linear(x, self.lora_A.to(x.dtype))  # (N, rank)
-        return super().forward(x) + self.scale * F.linear(thin, self.lora_B.to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm with its bias."""
+    """RMSNorm, or LayerNorm with its bias. One kernel, which computes in float32 inside."""
 
     def __init__(self, dim: int, eps: float, layer_norm: bool = False):
         super().__init__()
@@ -315,15 +130,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if layer_norm else None
         self.eps = eps
 
-    def forward(self, x):
-        y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)  # x^2: the range
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
+        weight = self.weight.to(x.dtype)  # of two dtypes the kernel would fall into five
         if self.bias is not None:
-            y = F.layer_norm(
-                y, self.weight.shape, self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps
-            )
-            return y.to(x.dtype)
-        y = F.rms_norm(y, self.weight.shape, eps=self.eps)
-        return y.to(x.dtype) * self.weight.to(x.dtype)
+            return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -344,50 +155,70 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns dimension i with i + rotary_dim/2 of x (N, H, d): Hugging Face's halves."""
-    half = cos.shape[-1]
-    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    turned = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # float32, through cos and sin
-    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
+class ApplyRotary(torch.autograd.Function):
+    """Turns dimension i with i + rotary_dim/2 of x (N, H, d) by cos and sin: Hugging Face's halves.
+
+    Its gradient is the rotation back, by the opposite angle. Left to autograd, in eager mode these
+    few numbers of arithmetic moved a twelfth of all bytes' time of a 7B step
+    (`bench/gpu.py profile --count`), through float32 copies.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    sizes = cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    x1, x2, rest = x.split(sizes, dim=-1)
+    if torch.compiler.is_compiling():  # which makes one kernel of it
+        rotated = x1 * cos - x2 * sin, x2 * cos + x1 * sin  # float32, as cos and sin are
+        return torch.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1)
+    out = torch.empty_like(x)
+    out1, out2, out_rest = out.split(sizes, dim=-1)
+    torch.addcmul(x1 * cos, x2, sin, value=-1, out=out1)  # rounded to x's dtype as it is written
+    torch.addcmul(x2 * cos, x1, sin, out=out2)
+    out_rest.copy_(rest)
+    return out
 
 
 class Segments(NamedTuple):
     """Which queries attend to which keys, causally and aligned at the end (bottom-right).
 
-    Segment s has queries cu_q[s]:cu_q[s+1] of the N tokens in a row, and keys
-    cu_k[s]:cu_k[s+1] of the M keys that key_index gathers from them (None: the keys as they are).
+    Segment s has the queries cu_q[s]:cu_q[s+1] of the N tokens in a row, and the keys
+    cu_k[s]:cu_k[s+1] of the M keys that key_index gathers from them. A prompt whose two responses
+    lie behind it is gathered twice, so each token's key has a first and a last copy.
     """
 
-    q_lens: list[int]  # on the host, for the road that goes a segment at a time
-    k_lens: list[int]
-    cu_q: Tensor  # (S+1,) int32, on the device, for varlen_attn
+    lengths: tuple[tuple[int, int], ...]  # queries and keys of each segment, on the host
+    max_q: int  # the longest of each, for varlen_attn
+    max_k: int
+    cu_q: Tensor  # (S+1,) int32
     cu_k: Tensor  # (S+1,) int32
-    key_index: Tensor | None  # (M,) int64
+    key_index: Tensor | None = None  # (M,) int64; None: the keys as they are
+    first_copy: Tensor | None = None  # (N,) int64: where among the M keys that of a token is ...
+    last_copy: Tensor | None = None  # (N,) int64: ... and where it is again, or the same
 
     @classmethod
-    def plain(cls, n: int, q_len: int, k_len: int, device=None) -> "Segments":
-        """n sequences, each with its last q_len tokens as queries over all its k_len keys."""
-        cu = torch.arange(n + 1, dtype=torch.int32, device=device)
-        return cls([q_len] * n, [k_len] * n, cu * q_len, cu * k_len, None)
-
-    @classmethod
-    def packed(cls, lengths: list[tuple[int, int, int]], device=None) -> "Segments":
-        """Runs of [prompt | chosen | rejected] with these (p, c, r) lengths, end to end.
-
-        Two segments a run: prompt + chosen over itself, and rejected over prompt + rejected.
-        """
-        q_lens, k_lens, key_index, start = [], [], [], 0
-        for p, c, r in lengths:
-            q_lens += [p + c, r]
-            k_lens += [p + c, p + r]
-            prompt, rejected, stop = start + p, start + p + c, start + p + c + r
-            key_index += [(start, rejected), (start, prompt), (rejected, stop)]
-            start = stop
-        index = np.concatenate([np.arange(*span) for span in key_index] or [np.empty(0, int)])
-        cu_q, cu_k = (np.cumsum([0, *lens], dtype=np.int32) for lens in (q_lens, k_lens))
-        on_device = (to_device(torch.from_numpy(x), device) for x in (cu_q, cu_k, index))
-        return cls(q_lens, k_lens, *on_device)
+    def of(cls, q_lens, k_lens, key_index: Tensor | None = None, device=None) -> "Segments":
+        """From the lengths on the host; key_index (M,) is on the device already."""
+        lengths = tuple(zip(q_lens, k_lens, strict=True))
+        starts = (np.cumsum([0, *lens], dtype=np.int32) for lens in (q_lens, k_lens))
+        cu_q, cu_k = (to_device(torch.from_numpy(x), device) for x in starts)
+        segments = cls(lengths, max(q_lens, default=0), max(k_lens, default=0), cu_q, cu_k)
+        if key_index is None:
+            return segments
+        # Without the host: nothing here waits for the device.
+        n, copies = sum(q_lens), torch.arange(len(key_index), device=key_index.device)
+        first = copies.new_full((n,), len(copies)).scatter_reduce(0, key_index, copies, "amin")
+        last = copies.new_zeros(n).scatter_reduce(0, key_index, copies, "amax")
+        return segments._replace(key_index=key_index, first_copy=first, last_copy=last)
 
 
 def to_device(x: Tensor, device) -> Tensor:
@@ -397,111 +228,51 @@ def to_device(x: Tensor, device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def whole(x: Tensor) -> Tensor:
-    """A tensor of which each process has a part, put together by all of them; another as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+class Gather(torch.autograd.Function):
+    """x[index] (N, heads, d) -> (M, heads, d), of which each row of x has one or two copies.
+
+    The backward pass of index_select adds with atomics, one number at a time. This one gathers a
+    row's gradient from its copies. last_copy None: each row has one, and the others are padding.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, first_copy, last_copy):
+        ctx.save_for_backward(first_copy, last_copy)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        first_copy, last_copy = ctx.saved_tensors
+        first = grad.index_select(0, first_copy)
+        if last_copy is None:
+            return first, None, None, None
+        twice, last = (first_copy != last_copy)[:, None, None], grad.index_select(0, last_copy)
+        return torch.where(twice, first + last, first), None, None, None
 
 
-# Newer releases of torch want to be told of grouped-query attention, older ones know no such word.
+# From torch 2.13 on varlen_attn wants to be told of grouped-query attention; before, it has no such
+# argument.
 _GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-USE_VARLEN = True  # tests set it to False to compare the two roads on one device
+USE_VARLEN = True  # tests set it to False, to compare the two paths on one device
 
 
-@torch.compiler.disable  # its lengths are new in every micro-batch; around it a block compiles once
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) -> Tensor:
     """Causal attention within each segment. q (N, H, d), k and v (N, K, d) -> (N, H, d).
 
     window: a query sees that many keys, its own the last of them; None: all up to its own.
     """
-    if window is not None and window >= max(segments.k_lens, default=0):
+    if window is not None and window >= segments.max_k:
         window = None
     if segments.key_index is not None:
-        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
-    if USE_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        max_q, max_k = max(segments.q_lens), max(segments.k_lens)
-        cu_q, cu_k = segments.cu_q, segments.cu_k
+        copies = segments.key_index, segments.first_copy, segments.last_copy
+        k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)  # (M, K, d)
+    # A Flash kernel: bfloat16 or float16, head sizes that are multiples of 8 up to 256.
+    has_kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if USE_VARLEN and has_kernel and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+        lengths = segments.cu_q, segments.cu_k, segments.max_q, segments.max_k
         back = -1 if window is None else window - 1
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(back, 0), **_GQA)
-    return _attention_by_segment(q, k, v, segments, window)
-
-
-def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window) -> Tensor:
-    """The same where there is no Flash kernel: a few calls, each for some neighbouring segments."""
-    # On a CPU in bfloat16 the parts, written out, take half the time of the whole; and as every new
-    # shape costs a new kernel there, lengths are filled up.
-    in_parts = q.dtype == torch.bfloat16 and 1 < max(segments.k_lens, default=0) <= 2048
-    lens = tuple(zip(segments.q_lens, segments.k_lens, strict=True))
-    tiles = _tiles(lens, window, q.device, q.dtype, 64 if in_parts else 1)
-    # split and not slices: the backward pass of a slice writes a whole tensor of zeros
-    q_tiles = q.split([t.n * t.q_len for t in tiles])
-    k_tiles, v_tiles = (x.split([t.n * t.k_len for t in tiles]) for x in (k, v))
-    outs = []
-    for t, *qkv in zip(tiles, q_tiles, k_tiles, v_tiles, strict=True):
-        qs, ks, vs = (x.unflatten(0, (t.n, -1)).transpose(1, 2) for x in qkv)  # (n, heads, len, d)
-        if in_parts:
-            out = _attention_in_parts(qs, ks, vs, t.bias)[:, :, : t.q_len]
-        else:
-            bias = None if t.causal else t.bias
-            out = F.scaled_dot_product_attention(
-                qs, ks, vs, attn_mask=bias, is_causal=t.causal, enable_gqa=True
-            )
-        outs.append(out.transpose(1, 2).flatten(0, 1))  # (n * q_len, H, d)
-    return torch.cat(outs) if outs else q
-
-
-def _attention_in_parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Product, softmax, product. q (n, H, q_len, d), k and v (n, K, k_len, d), as long as the bias
-    (rows, keys) or shorter -> (n, H, rows, d)."""
-    (n, n_heads, _, d), (rows, keys) = q.shape, bias.shape
-    q, k, v = (
-        F.pad(x, (0, 0, 0, length - x.shape[2])).reshape(n * k.shape[1], -1, d)  # a head of k each
-        for x, length in ((q, rows), (k, keys), (v, keys))
-    )
-    bias = bias.repeat(q.shape[1] // rows, 1)  # the query heads of a key head, one below another
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)
-    return (scores.softmax(-1) @ v).view(n, n_heads, rows, d)
-
-
-class Tile(NamedTuple):
-    """What one attention call takes on: n sequences of equal lengths, or some segments, joined."""
-
-    n: int
-    q_len: int
-    k_len: int
-    bias: Tensor  # (q_len, k_len) or filled up: 0 where a query sees a key, -inf where not
-    causal: bool  # the bias is the plain triangle, which has faster kernels
-
-
-@functools.lru_cache(maxsize=8)  # asked for in every layer
-def _tiles(
-    lens: tuple[tuple[int, int], ...], window, device, dtype, multiple: int, joined: int = 128
-) -> list[Tile]:
-    """Sequences of equal lengths together; of other segments, neighbours up to `joined` queries:
-    a call costs more than the products of the segments with each other, which the bias drops."""
-    if len(set(lens)) == 1:
-        groups, n = [lens[:1]], len(lens)
-    else:
-        groups, n = [], 1
-        for q_len, k_len in lens:
-            if not groups or sum(q for q, _ in groups[-1]) + q_len > joined:
-                groups.append([])
-            groups[-1].append((q_len, k_len))
-    tiles = []
-    for group in groups:
-        segment_q, segment_k = (np.repeat(range(len(group)), x) for x in zip(*group, strict=True))
-        position_q = np.concatenate([np.arange(k - q, k) for q, k in group])  # aligned at the end
-        position_k = np.concatenate([np.arange(k) for _, k in group])
-        back = position_q[:, None] - position_k  # how far a key lies behind a query
-        sees = (segment_q[:, None] == segment_k) & (back >= 0) & (back < (window or np.inf))
-        causal = len(group) == 1 and group[0][0] == group[0][1] and window is None
-        rows, keys = (-length % multiple for length in sees.shape)
-        filled = np.pad(sees, ((0, rows), (0, keys)))
-        filled[len(sees) :] = True  # a query that sees nothing would be NaN
-        bias = torch.zeros(filled.shape, dtype=dtype).masked_fill_(
-            torch.from_numpy(~filled), -torch.inf
-        )
-        tiles.append(Tile(n, *sees.shape, bias.to(device), causal))
-    return tiles
+        return varlen_attn(q, k, v, *lengths, window_size=(back, 0), **_GQA)
+    return attention_without_varlen(q, k, v, segments.lengths, window)
 
 
 class KVCache:
@@ -533,18 +304,18 @@ class Attention(nn.Module):
         self.q_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x, cos, sin, segments, cache=None):
+    def forward(self, x, cos, sin, segments: Segments, cache=None):  # x (N, D) -> (N, D)
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, d)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, d)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if cos.shape[-1]:
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if cos.shape[-1]:  # none where positions are learned
+            q, k = ApplyRotary.apply(q, cos, sin), ApplyRotary.apply(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        x = attention(q, k, v, segments, self.window)
-        return self.o_proj(x.flatten(1))  # (N, H, d) -> (N, D)
+        x = attention(q, k, v, segments, self.window)  # (N, H, d)
+        return self.o_proj(x.flatten(1))
 
 
 class MLP(nn.Module):
@@ -556,7 +327,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(c.dim, c.hidden_dim, c.bias)
         self.down_proj = Linear(c.hidden_dim, c.dim, c.bias)
 
-    def forward(self, x):
+    def forward(self, x):  # (N, D) -> (N, D)
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -571,7 +342,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = None if config.parallel else norm()
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, segments, cache=None):
+    def forward(self, x, cos, sin, segments: Segments, cache=None):  # x (N, D) -> (N, D)
         y = self.input_layernorm(x)
         if self.post_attention_layernorm is None:
             return x + self.self_attn(y, cos, sin, segments, cache) + self.mlp(y)
@@ -579,22 +350,18 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def _hand_on_gradient(weight: Tensor, cast: Tensor):
-    if weight.grad is None:
-        weight.grad = cast.grad.to(weight.dtype)
-    else:
-        weight.grad.add_(cast.grad)
-    cast.grad = None
+# ---------------------------------------------------------------------------------------------
+# The model.
 
 
 class Transformer(nn.Module):
-    """The model. `Transformer(config)` has random weights; `from_pretrained` reads a checkpoint."""
+    """`Transformer(config)` has random weights; `from_pretrained` reads a checkpoint."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
         self.compute_dtype = None  # None: that of the parameters
-        self.activation_checkpointing = False  # keep a block's input alone, compute the rest twice
+        self.checkpointed_blocks = 0  # so many keep their input alone, and compute the rest twice
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.embed_positions = None
         if c.position_offset is not None:
@@ -607,60 +374,6 @@ class Transformer(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if residual else 0.02)
 
-    def add_lora(self, rank: int, alpha: float, seed: int = 0):
-        """Freezes all, and gives each projection in the blocks a change of this rank to train."""
-        if self.lora_layers():
-            raise ValueError("the model has adapters already")
-        generator = torch.Generator().manual_seed(seed)
-        self.requires_grad_(False)
-        for part in [part for block in self.layers for part in (block.self_attn, block.mlp)]:
-            for name, module in [*part.named_children()]:
-                if isinstance(module, Linear):
-                    setattr(part, name, LoRALinear(module, rank, alpha, generator))
-
-    def lora_layers(self) -> dict[str, LoRALinear]:
-        return {name: m for name, m in self.named_modules() if isinstance(m, LoRALinear)}
-
-    @torch.no_grad()
-    def merge_lora(self, base: "Transformer") -> "Transformer":
-        """Adds the changes to the weights of base, the model as it was stored: our own frozen ones
-        may have been rounded. In float32, and rounded once, to base's dtype. Returns base."""
-        for name, m in self.lora_layers().items():
-            weight = base.get_submodule(name).weight
-            change = m.scale * (m.lora_B @ m.lora_A)  # (out, in)
-            weight.copy_(weight.float() + change.to(weight.device))
-        return base
-
-    @contextlib.contextmanager
-    def cast_weights(self):
-        """Within it the blocks' weights are cast to compute_dtype once, not in every micro-batch.
-
-        A cast is a leaf, whose gradient is added to its weight's, in the weight's dtype, as soon as
-        it is there: through the cast itself autograd would go last, holding all of them until then.
-        """
-        dtype = self.compute_dtype
-        linears = [m for m in self.layers.modules() if isinstance(m, Linear)]
-        linears = [m for m in linears if dtype not in (None, m.weight.dtype)]
-        try:
-            for linear in linears:
-                linear.cast = linear.weight.detach().to(dtype)
-                if linear.weight.requires_grad:
-                    hand_on = functools.partial(_hand_on_gradient, linear.weight)
-                    linear.cast.requires_grad_().register_post_accumulate_grad_hook(hand_on)
-            yield
-        finally:
-            for linear in linears:
-                linear.cast = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
-
-    @property
-    def lm_head_weight(self) -> Tensor:
-        """The vocabulary projection (V, D)."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
     def hidden_states(self, tokens, positions, segments: Segments, cache=None) -> Tensor:
         """tokens, positions (N,) int64, packed as segments say -> (N, D), after the last norm."""
         x = self.embed_tokens(tokens)  # (N, D)
@@ -668,10 +381,10 @@ class Transformer(nn.Module):
             x = x + self.embed_positions(positions + self.config.position_offset)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = rotary(positions, self.config)
-        for block in self.layers:
+        for i, block in enumerate(self.layers):
             if cache is not None:  # never the compiled block: the lengths change at every token
                 x = block._call_impl(x, cos, sin, segments, cache)
-            elif self.activation_checkpointing and torch.is_grad_enabled():
+            elif i < self.checkpointed_blocks and torch.is_grad_enabled():
                 inputs = x, cos, sin, segments
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -681,8 +394,8 @@ class Transformer(nn.Module):
     def projection(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(P, D) hidden states and the (V, D) matrix whose product is the logits.
 
-        Where lm_head has a bias (Phi) both are made wider: by a one and the bias, and by zeros,
-        as matrix products want multiples of 8.
+        Where lm_head has a bias (Phi) both get columns more: a one and the bias, and zeros, as
+        matrix products want multiples of 8.
         """
         weight = self.lm_head_weight
         if self.lm_head is None or self.lm_head.bias is None:
@@ -702,14 +415,69 @@ class Transformer(nn.Module):
         n, length = tokens.shape
         self._check_length(length)
         positions = torch.arange(length, device=tokens.device).repeat(n)  # (B * T,)
-        segments = Segments.plain(n, length, length, tokens.device)
-        return self.logits(self.hidden_states(tokens.flatten(), positions, segments)).unflatten(
-            0, (n, length)
-        )
+        segments = Segments.of([length] * n, [length] * n, device=tokens.device)
+        hidden = self.hidden_states(tokens.flatten(), positions, segments)  # (B * T, D)
+        return self.logits(hidden).unflatten(0, (n, length))
 
     def _check_length(self, length: int):
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens, but the context is {self.config.max_seq_len}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """The vocabulary projection (V, D)."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @classmethod
+    def from_pretrained(cls, folder, device=None, dtype: torch.dtype | None = None, shard=None):
+        """Loads a Hugging Face folder, tensor by tensor, onto device (default: the CPU).
+
+        dtype None keeps the stored one. Reads model.safetensors, its shards by their index, or
+        pytorch_model.bin. Every name and shape is checked: FileNotFoundError, ValueError.
+        shard, a function of the model while it is empty, may make its parameters DTensors, of
+        which each process then keeps its own part.
+        """
+        folder, device = Path(folder), device or "cpu"
+        config = ModelConfig.from_json(folder / "config.json")
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except RuntimeError as error:  # a tensor of more than 2^63 bytes
+            raise ValueError(f"{folder / 'config.json'}: {error!s:.300}") from None
+        if shard is not None:
+            shard(model)
+            model.to_empty(device=device)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        for name, stored in read_weights(folder, config, shapes):
+            if name == "embed_tokens.weight":  # config.json may not say, or say "auto"
+                config.dtype = str(stored.dtype).removeprefix("torch.")
+            tensor = stored.to(device=device, dtype=dtype, copy=True).contiguous()
+            p = model.get_parameter(name)
+            if isinstance(p, DTensor):  # every process reads the tensor, so that nobody sends it
+                own = distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+                p.detach().copy_(own)
+            else:
+                module, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+        return model.eval()
+
+    def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_bytes=5 * 10**9):
+        """Writes config.json and model.safetensors (shards with an index above shard_bytes).
+
+        dtype None stores the parameters as they are. transformers and others load it. Of a sharded
+        model all processes call it, but one of them only has the folder; the others give None.
+        Raises ValueError where there are adapters, which must be merged first: see merge_lora.
+        """
+        if self.lora_layers():
+            raise ValueError(f"{folder}: not written: merge the adapters first, by merge_lora")
+        folder = None if folder is None else Path(folder)
+        parameters = dict(self.named_parameters())
+        dtype = dtype or self.embed_tokens.weight.dtype
+        write_weights(folder, self.config, parameters, dtype, shard_bytes)
 
     def training_flops(self, lengths: list[tuple[int, int, int]], n_predicted: int) -> int:
         """Operations that a training step on packed pairs of these (p, c, r) lengths needs.
@@ -731,6 +499,9 @@ class Transformer(nn.Module):
             total += 12 * c.n_heads * c.head_dim * int(np.minimum(seen, window or np.inf).sum())
         return total
 
+    # -----------------------------------------------------------------------------------------
+    # Generation.
+
     @torch.no_grad()
     def stream(
         self, tokens, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, generator=None
@@ -745,7 +516,7 @@ class Transformer(nn.Module):
             # The prompts first, then one token a sequence: the same call.
             start, stop = cache.length, cache.length + new.shape[1]
             positions = torch.arange(start, stop, device=device).repeat(n)
-            segments = Segments.plain(n, stop - start, stop, device)
+            segments = Segments.of([stop - start] * n, [stop] * n, device=device)
             hidden = self.hidden_states(new.flatten(), positions, segments, cache)
             cache.length = stop
             logits = self.logits(hidden.unflatten(0, (n, -1))[:, -1]).float()  # (B, V)
@@ -773,121 +544,52 @@ class Transformer(nn.Module):
                 break
         return tokens
 
-    def _checkpoint_names(self) -> dict[str, list[tuple[str, Tensor]]]:
-        """The checkpoint's names, without prefix: our parameters, of which GPT-2 stacks q, k, v."""
-        names = FAMILIES[self.config.family].names
-        found = {}
-        for ours, parameter in self.named_parameters():
-            *layer, module, leaf = re.fullmatch(r"(?:(layers)\.(\d+)\.)?(.+)\.(\w+)", ours).groups()
-            theirs = f"{names.get(module, module)}.{leaf}"
-            if layer[0]:
-                theirs = f"{names.get('layers', 'layers')}.{layer[1]}.{theirs}"
-            found.setdefault(theirs, []).append((ours, parameter))
-        return found
+    # -----------------------------------------------------------------------------------------
+    # LoRA.
 
-    @classmethod
-    def from_pretrained(cls, folder, device=None, dtype: torch.dtype | None = None, shard=None):
-        """Loads a Hugging Face folder, tensor by tensor, onto device (default: the CPU).
-
-        dtype None keeps the stored one. Reads model.safetensors, its shards by their index, or
-        pytorch_model.bin. Every name and shape is checked: FileNotFoundError, ValueError.
-        shard, a function of the model while it is empty, may make its parameters DTensors, of
-        which each process then keeps its own part.
-        """
-        folder = Path(folder)
-        config = ModelConfig.from_json(folder / "config.json")
-        family = FAMILIES[config.family]
-        try:
-            with torch.device("meta"):
-                model = cls(config)
-        except RuntimeError as error:  # beyond 2^63 bytes
-            raise ValueError(f"{folder / 'config.json'}: {error!s:.300}") from None
-        expected = model._checkpoint_names()
-        if shard is not None:
-            shard(model)
-            model.to_empty(device=device or "cpu")
-        for file, name, tensor in checkpoint_tensors(folder):
-            name = re.sub(r"^(model\.|transformer\.)?(decoder\.)?", "", name)
-            tied = name == "lm_head.weight" and config.tie_embeddings
-            if tied or name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
-                continue
-            if name not in expected:
-                raise ValueError(f"{file}: tensor {name!r} is unknown here, or is there twice")
-            ours = expected.pop(name)
-            if family.conv1d and name.startswith("h.") and tensor.dim() == 2:
-                tensor = tensor.t()
-            if not tensor.is_floating_point() or tensor.dtype not in DTYPE_NAMES:
-                raise ValueError(f"{file}: tensor {name!r} is stored as {tensor.dtype}")
-            if ours[0][0] == "embed_tokens.weight":  # config.json may not say, or say "auto"
-                config.dtype = str(tensor.dtype).removeprefix("torch.")
-            rows = [parameter.shape[0] for _, parameter in ours]
-            wanted = (sum(rows), *ours[0][1].shape[1:])
-            if tensor.shape != wanted:
-                raise ValueError(
-                    f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, "
-                    f"config.json asks for shape {wanted}"
-                )
-            for (ours_name, _), part in zip(ours, tensor.split(rows), strict=True):
-                part = part.to(device=device or "cpu", dtype=dtype, copy=True).contiguous()
-                p = model.get_parameter(ours_name)
-                if isinstance(p, DTensor):  # every process reads the tensor: nobody sends it
-                    own = distribute_tensor(part, p.device_mesh, p.placements, src_data_rank=None)
-                    p.detach().copy_(own)
-                    continue
-                module, _, leaf = ours_name.rpartition(".")
-                setattr(model.get_submodule(module), leaf, nn.Parameter(part))
-        if expected:
-            some = ", ".join([*expected][:5]) + ", ..." * (len(expected) > 5)
-            raise ValueError(f"{folder}: {len(expected)} tensors are missing: {some}")
-        return model.eval()
-
-    def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_bytes=5 * 10**9):
-        """Writes config.json and model.safetensors (shards with an index above shard_bytes).
-
-        dtype None stores the parameters as they are. transformers and others load it. Of a sharded
-        model each tensor is put together as it is written, by all processes: one has the folder,
-        the others give None. Raises ValueError where there are adapters, which nobody would find
-        in it: see merge_lora.
-        """
+    def add_lora(self, rank: int, alpha: float, seed: int = 0):
+        """Freezes all, and gives each projection in the blocks a change of this rank to train."""
         if self.lora_layers():
-            raise ValueError(f"{folder}: not written: adapters are merged first, by merge_lora")
-        family, tensors = FAMILIES[self.config.family], {}
-        for name, ours in self._checkpoint_names().items():
-            tensor = (
-                torch.cat([p.detach() for _, p in ours]) if len(ours) > 1 else ours[0][1].detach()
-            )
-            if family.conv1d and name.startswith("h.") and tensor.dim() == 2:
-                tensor = tensor.t()
-            tensors[name if name.startswith("lm_head.") else family.prefix + name] = tensor
-        if folder is None:
-            for tensor in tensors.values():
-                whole(tensor)
-            return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        dtype = dtype or self.embed_tokens.weight.dtype
-        config = self.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            raise ValueError("the model has adapters already")
+        generator = torch.Generator().manual_seed(seed)
+        self.requires_grad_(False)
+        for part in [part for block in self.layers for part in (block.self_attn, block.mlp)]:
+            for name, module in [*part.named_children()]:
+                if isinstance(module, Linear):
+                    setattr(part, name, LoRALinear(module, rank, alpha, generator))
 
-        shards, size, total = [{}], 0, 0
-        for name, t in tensors.items():
-            n_bytes = t.numel() * dtype.itemsize
-            if shards[-1] and size + n_bytes > shard_bytes:
-                shards, size = [*shards, {}], 0
-            shards[-1][name] = t
-            size, total = size + n_bytes, total + n_bytes
-        # An older model's files in this folder would be loaded in place of these.
-        for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.index.json")):
-            old.unlink()
-        if len(shards) == 1:
-            return write_safetensors(folder / "model.safetensors", tensors, dtype)
-        where = {}
-        for i, shard in enumerate(shards, 1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / file, shard, dtype)
-            where |= dict.fromkeys(shard, file)
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    def lora_layers(self) -> dict[str, "LoRALinear"]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, LoRALinear)}
+
+    @torch.no_grad()
+    def merge_lora(self, base: "Transformer") -> "Transformer":
+        """Adds the changes to the weights of base, the model as it was stored: our own frozen ones
+        may have been rounded. Returns base."""
+        for name, m in self.lora_layers().items():
+            weight = base.get_submodule(name).weight
+            # In float64, as float32 products on a GPU may go through tf32; rounded once.
+            change = m.scale * (m.lora_B.double() @ m.lora_A.double())  # (out, in)
+            weight.copy_(weight.double() + change.to(weight.device))
+        return base
+
+
+class LoRALinear(Linear):
+    """W x + (alpha / rank) B A x: W is frozen, A (rank, in) and B (out, rank) are trained.
+
+    B is zero at the start, so that nothing changes yet (Hu et al., arXiv 2106.09685).
+    """
+
+    def __init__(self, base: Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        bound = base.in_features**-0.5
+        a = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
+        low_rank = F.linear(x, self.lora_A.to(x.dtype))  # (N, rank)
+        return super().forward(x) + self.scale * F.linear(low_rank, self.lora_B.to(x.dtype))
 
 
 def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:
@@ -908,166 +610,102 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
 
 
 # ---------------------------------------------------------------------------------------------
-# Files. A safetensors file is: 8 bytes, the header's length n, little-endian; n bytes of JSON,
-# {name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {...}}; the tensors' bytes.
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Attention where there is no Flash kernel: on a CPU, in float32, for odd head sizes. Engineering,
+# which nothing above depends on: a loop over segments would give the same numbers.
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
-    if path.parent.is_file():
-        raise ValueError(f"{path.parent}: is a file; the folder of a Hugging Face model is wanted")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a Hugging Face model folder has one")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
-    return value
+@torch.compiler.disable  # its lengths are new in every micro-batch; around it a block compiles once
+def attention_without_varlen(q: Tensor, k: Tensor, v: Tensor, lengths, window) -> Tensor:
+    """`attention` over keys (M, K, d) that are gathered already; lengths as in Segments.
 
-
-def checkpoint_tensors(folder: Path):
-    """Yields (file, name, tensor) of a model folder, safetensors before pickles, by their index
-    where they are sharded. A tensor is a view of its file: copy it before taking the next."""
-    for kind, read in (("model.safetensors", safetensors_of), ("pytorch_model.bin", pickled_of)):
-        index = folder / f"{kind}.index.json"
-        if (folder / kind).is_file():
-            files = [folder / kind]
-        elif index.is_file():
-            where = read_json(index).get("weight_map")
-            names = set(where.values()) if isinstance(where, dict) else {None}
-            if not all(isinstance(x, str) and x and Path(x).name == x for x in names):
-                raise ValueError(f"{index}: weight_map must map tensor names to files beside it")
-            files = [folder / name for name in sorted(names)]
-        else:
-            continue
-        for file in files:
-            yield from ((file, name, tensor) for name, tensor in read(file))
-        return
-    known = "no model.safetensors or pytorch_model.bin, nor their index"
-    raise FileNotFoundError(f"{folder}: {known} (GGUF and other formats are not read)")
-
-
-def pickled_of(file: Path):
-    """Yields (name, tensor) of a file of torch.save. weights_only: other pickles may run code."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:  # only the zip format, new since torch 1.6, can be mapped
-        mapped = zipfile.is_zipfile(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        _refuse_pointer(file)
-        problem = f"{type(error).__name__}: not a checkpoint of tensors and nothing but tensors"
-        raise ValueError(f"{file}: {problem}") from None
-    items = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in items):
-        raise ValueError(f"{file}: not a dict of names and tensors")
-    yield from items
-
-
-def _refuse_pointer(path: Path):
-    with open(path, "rb") as f:
-        if f.read(12) == b"version http":
-            raise ValueError(f"{path}: a Git LFS pointer, not the file itself: git lfs pull")
-
-
-def read_safetensors(path) -> dict[str, Tensor]:
-    """All tensors of a file, as views of its memory map: read when used. Raises ValueError."""
-    return dict(safetensors_of(Path(path)))
-
-
-def safetensors_of(path: Path):
-    """Yields (name, tensor), a view of the mapped file whose pages are let go at the next one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if size < 8 or n > min(size - 8, 100_000_000):
-            _refuse_pointer(path)
-            raise ValueError(f"{path}: not a safetensors file, or cut short: header of {n} bytes")
-        try:
-            entries = _safetensors_header(f.read(n), size - 8 - n)
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            problem = "lacks the key " * isinstance(error, KeyError) + str(error)
-            raise ValueError(f"{path}: broken safetensors file: {problem:.300}") from None
-        # ACCESS_COPY: torch wants writable memory; a write would stay in this process
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    for name, dtype, shape, begin, n_bytes in entries:
-        tensor, begin = torch.empty(shape, dtype=dtype), 8 + n + begin
-        if n_bytes:
-            raw = torch.frombuffer(data, dtype=torch.uint8, count=n_bytes, offset=begin)
-            raw = raw.clone() if begin % dtype.itemsize else raw  # must be aligned
-            tensor = raw.view(dtype).view(shape)
-        yield name, tensor
-        page = begin - begin % mmap.PAGESIZE
-        if n_bytes and sys.platform == "linux":  # which alone knows the advice
-            data.madvise(mmap.MADV_DONTNEED, page, begin + n_bytes - page)
-
-
-def _safetensors_header(header: bytes, n_data: int) -> list[tuple]:
-    """[(name, dtype, shape, begin, bytes)] in the file's order, checked to cover it exactly."""
-    entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
-    entries.pop("__metadata__", None)
-    tensors, end = [], 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"dtype {entry['dtype']!r} is not supported, only {', '.join(DTYPES)}")
-        dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        sizes = shape if isinstance(shape, list) else [-1]
-        if not all(type(x) is int and x >= 0 for x in (*sizes, begin, stop)):
-            raise ValueError(f"tensor {name!r} has a negative or broken shape or offset")
-        if math.prod(max(x, 1) for x in shape) >= 2**63:
-            raise ValueError(f"tensor {name!r} has too large a shape")
-        n_bytes = math.prod(shape) * dtype.itemsize
-        if begin != end or stop - begin != n_bytes or stop > n_data:
-            raise ValueError(f"tensor {name!r}, shape {shape}: bytes {begin}:{stop} of {n_data}")
-        end = stop
-        tensors.append((name, dtype, shape, begin, n_bytes))
-    if end != n_data:
-        raise ValueError(f"{n_data - end} bytes belong to no tensor")
-    return tensors
-
-
-def _unique_keys(pairs):
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        raise ValueError("a name occurs twice in the header")
-    return keys
-
-
-def write_safetensors(path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None):
-    """Writes beside, then renames. The bytes depend on the tensors alone, not on time or place.
-
-    dtype: cast to it on the way, one tensor at a time.
+    A call costs about as much as 2^16 scores, so neighbouring segments share one, padded to the
+    longest of them, while the padding costs no more than that.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in tensors.items():
-        stored, begin = dtype or t.dtype, offset
-        offset += t.numel() * stored.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[stored], "shape": list(t.shape)}
-        header[name]["data_offsets"] = [begin, offset]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that every tensor starts aligned
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
-        f.write(len(encoded).to_bytes(8, "little") + encoded)
-        for t in tensors.values():
-            t = whole(t.detach()).to("cpu", dtype).contiguous()
-            f.write(t.flatten().view(torch.uint8).numpy().data)
-    os.replace(temporary, path)
+    if not lengths:
+        return q
+    # On a CPU in bfloat16 attention written out takes half the time of the built-in function, and
+    # as each new shape costs it a new kernel, lengths are padded to multiples of 32.
+    write_out = q.dtype == torch.bfloat16 and not q.is_cuda
+    write_out = write_out and max(k for _, k in lengths) <= 2048  # it keeps all scores
+    padded = _pad_segments(lengths, window, q.device, q.dtype, write_out)
+    q = Gather.apply(q, padded.q_index, padded.q_rows, None)
+    k, v = (Gather.apply(x, padded.k_index, padded.k_rows, None) for x in (k, v))
+    q_parts = q.split([n * n_q for n, n_q, _ in padded.shapes])
+    k_parts, v_parts = (x.split([n * n_k for n, _, n_k in padded.shapes]) for x in (k, v))
+    outs = []
+    for (n, _, _), bias, *parts in zip(
+        padded.shapes, padded.biases, q_parts, k_parts, v_parts, strict=True
+    ):
+        qs, ks, vs = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in parts)  # (n, heads, len, d)
+        if write_out:
+            out = _attention_written_out(qs, ks, vs, bias)
+        else:
+            causal = bias is None
+            out = F.scaled_dot_product_attention(
+                qs, ks, vs, attn_mask=bias, is_causal=causal, enable_gqa=True
+            )
+        outs.append(out.transpose(1, 2).flatten(0, 1))  # (n * n_q, H, d)
+    return torch.cat(outs).index_select(0, padded.q_rows)
+
+
+def _attention_written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """q (n, H, n_q, d), k and v (n, K, n_k, d), bias (n, 1, n_q, n_k) -> (n, H, n_q, d)."""
+    n, n_heads, n_q, d = q.shape
+    # The query heads that share a key head, one below another: (n * K, H/K * n_q, d).
+    q, k, v = (x.reshape(n * k.shape[1], -1, d) for x in (q, k, v))
+    bias = bias.expand(n, n_heads, n_q, -1).reshape(len(q), q.shape[1], -1)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)
+    return (scores.softmax(-1) @ v).view(n, n_heads, n_q, d)
+
+
+class PaddedSegments(NamedTuple):
+    """Segments in rectangles of n segments with n_q queries and n_k keys each."""
+
+    shapes: list[tuple[int, int, int]]  # (n, n_q, n_k) of each rectangle
+    # (n, 1, n_q, n_k), 0 where a query sees a key and else -inf; or None where it is the triangle
+    # that is_causal means, for which there is a faster kernel
+    biases: list[Tensor | None]
+    q_index: Tensor  # the rows of q in the rectangles, where padding repeats a row; of k likewise
+    k_index: Tensor
+    q_rows: Tensor  # (N,), where the rows of q have gone; those of k likewise
+    k_rows: Tensor
+
+
+@functools.lru_cache(maxsize=8)  # every layer asks for the same
+def _pad_segments(lengths, window, device, dtype, write_out: bool) -> PaddedSegments:
+    groups, n_q, n_k, scores = [], 0, 0, 0
+    for q_len, k_len in lengths:
+        n_q, n_k, scores = max(n_q, q_len), max(n_k, k_len), scores + q_len * k_len
+        if groups and (len(groups[-1]) + 1) * n_q * n_k - scores <= 2**16:
+            groups[-1].append((q_len, k_len))
+        else:
+            groups.append([(q_len, k_len)])
+            n_q, n_k, scores = q_len, k_len, q_len * k_len
+
+    shapes, biases, multiple = [], [], 32 if write_out else 1
+    indices, rows, starts, filled = ([], []), ([], []), [0, 0], [0, 0]
+    for group in groups:
+        lens = [np.array(x)[:, None] for x in zip(*group, strict=True)]  # q's and k's, each (n, 1)
+        sizes = [-(-int(x.max()) // multiple) * multiple for x in lens]
+        for i, (x, size) in enumerate(zip(lens, sizes, strict=True)):
+            place = np.arange(size)
+            first = starts[i] + np.cumsum(x)[:, None] - x
+            indices[i].append((first + np.minimum(place, x - 1)).ravel())
+            rows[i].append(filled[i] + np.flatnonzero(place < x))
+            starts[i] += int(x.sum())
+            filled[i] += len(x) * size
+        shapes.append((len(group), *sizes))
+        triangle = len(set(group)) == 1 and group[0][0] == group[0][1] and window is None
+        if triangle and not write_out:
+            biases.append(None)
+            continue
+        # Aligned at the end. A row of padding sees what the last query sees: a row that saw nothing
+        # would be NaN, and so would be its gradient.
+        (q_len, k_len), (n_q, n_k) = lens, sizes
+        own_key = np.minimum(k_len - q_len + np.arange(n_q), k_len - 1)  # (n, n_q)
+        back = own_key[:, :, None] - np.arange(n_k)  # (n, n_q, n_k), how far back a key lies
+        hidden = torch.from_numpy((back < 0) | (back >= (window or np.inf)))
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        biases.append(to_device(bias[:, None], device))
+    arrays = (np.concatenate(x) for x in (*indices, *rows))
+    return PaddedSegments(shapes, biases, *(to_device(torch.from_numpy(x), device) for x in arrays))

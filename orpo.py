@@ -1,4 +1,4 @@
-"""The ORPO objective (arXiv 2403.07691), its gradient in closed form, and a fast road to both.
+"""The ORPO objective (arXiv 2403.07691), its gradient in closed form, and a fast path to both.
 
 For a prompt x, a chosen response y_w and a rejected one y_l, with m = |y|:
 
@@ -8,8 +8,8 @@ For a prompt x, a chosen response y_w and a rejected one y_l, with m = |y|:
     L_SFT      = -log P(y_w|x)                                      (Eq. 2, a mean over tokens)
     L_ORPO     = E[L_SFT + lam * L_OR]                              (Eq. 6)
 
-Part 1 is the objective over mean log-probabilities, part 2 the plain road from logits to those,
-part 3 a fast road from hidden states that never keeps a (tokens x vocabulary) tensor. Part 2 is
+Part 1 is the objective over mean log-probabilities, part 2 the plain path from logits to those,
+part 3 a fast path from hidden states that never keeps a (tokens x vocabulary) tensor. Part 2 is
 the definition; tests/test_orpo.py holds part 3 to it, and `make gradcheck` prints the comparison.
 
 Departures from the paper, each deliberate:
@@ -140,7 +140,7 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, lam: float = 0.1) ->
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. The plain road: logits -> mean log-probabilities, by autograd.
+# 2. The plain path: logits -> mean log-probabilities, by autograd.
 
 
 def response_logps(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def response_logps(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. The fast road: hidden states -> loss, with the gradient formed in the forward pass.
+# 3. The fast path: hidden states -> loss, with the gradient formed in the forward pass.
 #
 #    The derivative of the loss with respect to each token's log-probability is a known number as
 #    soon as its pair's two mean log-probabilities are. So a group of pairs at a time: logits,
@@ -177,23 +177,148 @@ class ORPOOutput(NamedTuple):
     rejected_logps: Tensor  # (B,)
 
 
-def pair_groups(response: Tensor, group_tokens: int = 2048) -> list[tuple[int, int]]:
-    """Cuts rows 0..P into (start, stop) groups near group_tokens rows, never through a pair.
+def pair_groups(response: Tensor, group_rows: int = 2048) -> list[tuple[int, int]]:
+    """Splits rows 0..P into (start, stop) groups near group_rows rows, never through a pair.
 
-    response (P,) as in `fused_linear_orpo`. Call it while response is still on the CPU: on a GPU
-    tensor this is a synchronisation. A pair longer than group_tokens is a group of its own.
+    response (P,) as in `fused_linear_orpo`. Its values are read on the host, so on a GPU tensor
+    this is a synchronisation. A pair longer than group_rows is a group of its own.
     """
     pairs = [r // 2 for r in response.tolist()]  # a prompt row, -1, belongs to pair -1: no pair
     last_row = {pair: row for row, pair in enumerate(pairs)}
-    groups, start, cut, open_until = [], 0, 0, -1
+    groups, start, boundary, open_until = [], 0, 0, -1
     for row, pair in enumerate(pairs):
-        if row - start >= group_tokens and cut > start:
-            groups.append((start, cut))
-            start = cut
+        if row - start >= group_rows and boundary > start:
+            groups.append((start, boundary))
+            start = boundary
         open_until = max(open_until, last_row[pair] if pair >= 0 else row)
-        if open_until == row:
-            cut = row + 1
+        if open_until == row:  # every pair so far is whole
+            boundary = row + 1
     return [*groups, (start, len(pairs))] if pairs else []
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (n, D) @ weight (V, D) transposed -> (n, V), a very big tensor.
+
+    Its rows lie a multiple of 8 numbers apart: GPU kernels read 16 bytes at a time only where rows
+    are aligned so, which those of a vocabulary of 50,257 (GPT-2) are not by themselves.
+    """
+    vocab_size = weight.shape[0]
+    out = hidden.new_empty(hidden.shape[0], -(-vocab_size // 8) * 8)
+    out[:, vocab_size:] = 0  # a CPU's bfloat16 kernel reads the gap, times 0: it must not be NaN
+    return torch.mm(hidden, weight.t(), out=out[:, :vocab_size])
+
+
+def _softmax_of_others(logits: Tensor, targets: Tensor) -> Tensor:
+    """Turns logits (n, V), in place, into the softmax of the *other* logits, the target's into -1.
+
+    Returns the log odds of each target token, log p_t - log(1 - p_t), (n,) float64. With r the
+    logsumexp of the other logits they are z_t - r, and log p = log sigmoid(z_t - r) and
+    1 - p = sigmoid(r - z_t) keep their digits where a log-softmax would have rounded to 0.
+
+    A few rows at a time, so that what is float32 of bfloat16 logits is small, and stays in a cache.
+    """
+    token_log_odds = []
+    n_rows = max(1, 2 ** (24 if logits.is_cuda else 20) // logits.shape[1])
+    for rows, target in zip(logits.split(n_rows), targets[:, None].split(n_rows), strict=True):
+        others = None  # let go of the last ones before making new ones
+        others = rows.to(result_dtype(logits))  # the logits themselves where they are float32
+        target_logit = others.gather(1, target)
+        others.scatter_(1, target, -torch.inf)
+        largest = others.amax(1, keepdim=True)
+        others.sub_(largest).exp_()
+        total = others.sum(1, keepdim=True)
+        lead = target_logit.double() - largest.double()  # exact, however large both are
+        token_log_odds.append((lead - total.double().log()).squeeze(1))  # z_t - r
+        rows.copy_(others.div_(total).scatter_(1, target, -1.0))
+    return torch.cat(token_log_odds)
+
+
+def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(2B,) sums -> (B,) chosen and (B,) rejected means, held a hair below certainty.
+
+    Where the target leads by more than 700 nats even 1 - P underflows. With this floor every ratio
+    stays finite.
+    """
+    means = (sums / lengths).clamp(max=-torch.finfo(sums.dtype).tiny)
+    return means[0::2], means[1::2]
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, rounded no lower than float32 where the device's kernel can hand out its sums."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+class _FusedLinearORPO(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, lm_head, needs_grad, data):
+        targets, response, nll_weight, lam, n_pairs, lengths, groups = data
+        weight = lm_head.to(hidden.dtype)  # (V, D)
+        nll_weight, lengths = nll_weight.double(), lengths.double()
+        in_response = response >= 0
+        response_index = response.clamp(min=0)  # prompt tokens are masked by in_response
+        nll = hidden.new_zeros((), dtype=torch.float64)
+        sums = hidden.new_zeros(lengths.shape, dtype=torch.float64)  # sum_t log p_t, (2B,)
+        if needs_grad:
+            grad_hidden, grad_lm_head = torch.empty_like(hidden), None
+
+        for start, stop in groups:
+            logits = group_grad = None  # let go of the last group's before making new ones
+            rows = slice(start, stop)
+            h, target, index = hidden[rows], targets[rows], response_index[rows]
+
+            # Step 1: the log-probability of each token, and its sum over each response.
+            logits = _logits(h, weight)  # (n, V)
+            token_log_odds = _softmax_of_others(logits, target)  # (n,); changes the logits
+            logps = F.logsigmoid(token_log_odds)
+            nll -= (nll_weight[rows] * logps).sum()
+            sums.index_add_(0, index, torch.where(in_response[rows], logps, 0))
+            if not needs_grad:
+                continue
+
+            # Step 2: one coefficient a token, dLoss/d log p_t, times 1 - p_t. This factor comes in
+            # before anything else: a derivative of L_OR can be as large as 1/(1 - P), but
+            # (1 - p_t)/(1 - P) is at most m. (The means are of all pairs, (B,) numbers. Those of
+            # this group are final, as a pair is whole within it, and only theirs are read.)
+            one_minus_p = torch.sigmoid(-token_log_odds)
+            d_chosen, d_rejected = odds_ratio_grad(*_mean_logps(sums, lengths))  # each (B,)
+            d_mean = torch.stack((d_chosen, d_rejected), 1).flatten()  # (2B,), as `response` counts
+            d_token = d_mean[index] * one_minus_p / lengths[index]
+            d_token = torch.where(in_response[rows], d_token, 0)
+            coefficient = lam / n_pairs * d_token - nll_weight[rows] * one_minus_p  # (n,)
+
+            # Step 3: d log p_t / dz = onehot - softmax, which is 1 - p_t times minus what the
+            # logits now hold. A row's coefficient is multiplied in on the narrow side of each
+            # product.
+            scale = -coefficient[:, None].to(result_dtype(hidden))
+            grad_hidden[rows] = (logits @ weight) * scale  # (n, D)
+            if not lm_head.requires_grad:
+                continue
+            group_grad = _mm_float32(logits.t(), (h * scale).to(h.dtype))  # (V, D)
+            group_grad = group_grad.to(result_dtype(lm_head))
+            grad_lm_head = group_grad if grad_lm_head is None else grad_lm_head.add_(group_grad)
+
+        chosen, rejected = _mean_logps(sums, lengths)
+        pair_losses = _odds_ratio_value(chosen, rejected)
+        loss = nll + lam / n_pairs * pair_losses.sum()  # no 0 * inf, by _mean_logps
+        if needs_grad:
+            if grad_lm_head is None and lm_head.requires_grad:  # a micro-batch without predictions
+                grad_lm_head = torch.zeros_like(lm_head)
+            ctx.save_for_backward(grad_hidden, grad_lm_head)
+            ctx.lm_head_dtype = lm_head.dtype
+        outputs = nll, pair_losses, chosen, rejected
+        ctx.mark_non_differentiable(*outputs)
+        return loss.to(result_dtype(hidden)), *outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # the stored gradients are constants
+    def backward(ctx, grad, *_):
+        grad_hidden, grad_lm_head = ctx.saved_tensors
+        # In place, as they are large: so a second backward pass is an error, not a wrong number.
+        if grad_lm_head is not None:
+            grad_lm_head = grad_lm_head.mul_(grad).to(ctx.lm_head_dtype)
+        return grad_hidden.mul_(grad), grad_lm_head, None, None
 
 
 def fused_linear_orpo(
@@ -240,112 +365,3 @@ def fused_linear_orpo(
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
     data = (targets, response, nll_weight, lam, n_pairs, lengths, groups)
     return ORPOOutput(*_FusedLinearORPO.apply(hidden, lm_head, needs_grad, data))
-
-
-class _FusedLinearORPO(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, lm_head, needs_grad, data):
-        targets, response, nll_weight, lam, n_pairs, lengths, groups = data
-        n_responses = lengths.shape[0]
-        weight = lm_head.to(hidden.dtype)  # (V, D)
-        nll_weight = nll_weight.double()
-        lengths = lengths.double()
-        side = response.clamp(min=0)  # index of a token's response; prompt tokens are masked below
-        in_response = response >= 0
-        nll = hidden.new_zeros((), dtype=torch.float64)
-        sums = hidden.new_zeros(n_responses, dtype=torch.float64)  # sum_t log p_t of each response
-        if needs_grad:
-            grad_hidden, grad_lm_head = torch.empty_like(hidden), None
-
-        for start, stop in groups:
-            z = part = None  # let go of the last group's before making new ones
-            rows = slice(start, stop)
-            h, target, s = hidden[rows], targets[rows], side[rows]
-            z = h @ weight.t()  # (n, V), a very big tensor
-            lead = _others_softmax(z, target)  # (n,); z has changed
-            logps = F.logsigmoid(lead)
-            nll -= (nll_weight[rows] * logps).sum()
-            sums.index_add_(0, s, torch.where(in_response[rows], logps, 0))
-            if not needs_grad:
-                continue
-
-            # One coefficient a token, dLoss/d log p_t, times 1 - p_t. The second factor is taken
-            # in before anything else: a derivative of L_OR can be as large as 1/(1 - P), but
-            # (1 - p_t)/(1 - P) is at most m. (The means are of all pairs, (B,) numbers; those of
-            # this group are final, as a pair is whole within it, and only theirs are read.)
-            doubt = torch.sigmoid(-lead)  # 1 - p_t
-            chosen, rejected = _mean_logps(sums, lengths)
-            d_response = torch.stack(odds_ratio_grad(chosen, rejected), dim=1).flatten()  # (2B,),
-            # at 2*pair the chosen's, at 2*pair+1 the rejected's, as `response` counts
-            d_response = torch.where(in_response[rows], d_response[s] * doubt / lengths[s], 0)
-            coefficient = lam / n_pairs * d_response - nll_weight[rows] * doubt  # (n,)
-
-            # d log p_t / dz is 1 - p_t times -z, as z now is. A row's coefficient is multiplied in
-            # on the narrow side of both products.
-            scale = -coefficient[:, None].to(result_dtype(hidden))
-            grad_hidden[rows] = (z @ weight) * scale
-            if not lm_head.requires_grad:
-                continue
-            part = _mm_float32(z.t(), (h * scale).to(h.dtype)).to(result_dtype(lm_head))  # (V, D)
-            grad_lm_head = part if grad_lm_head is None else grad_lm_head.add_(part)
-
-        chosen, rejected = _mean_logps(sums, lengths)
-        pair_losses = _odds_ratio_value(chosen, rejected)
-        loss = nll + lam / n_pairs * pair_losses.sum()  # no 0 * inf, by _mean_logps
-        if needs_grad:
-            if grad_lm_head is None and lm_head.requires_grad:  # a micro-batch without predictions
-                grad_lm_head = torch.zeros_like(lm_head)
-            ctx.save_for_backward(grad_hidden, grad_lm_head)
-            ctx.lm_head_dtype = lm_head.dtype
-        outputs = nll, pair_losses, chosen, rejected
-        ctx.mark_non_differentiable(*outputs)
-        return loss.to(result_dtype(hidden)), *outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # the stored gradients are constants
-    def backward(ctx, grad, *_):
-        grad_hidden, grad_lm_head = ctx.saved_tensors
-        # In place, as they are large: so a second backward pass is an error, not a wrong number.
-        if grad_lm_head is not None:
-            grad_lm_head = grad_lm_head.mul_(grad).to(ctx.lm_head_dtype)
-        return grad_hidden.mul_(grad), grad_lm_head, None, None
-
-
-def _others_softmax(z: Tensor, targets: Tensor) -> Tensor:
-    """Turns logits z (n, V), in place, into the softmax of the others, the target's into -1.
-
-    Returns log p_t - log(1 - p_t) of each row, (n,) float64. With r the logsumexp of the *other*
-    logits that is z_t - r, and log p = log sigmoid(z_t - r) and 1 - p = sigmoid(r - z_t) keep their
-    digits where a log-softmax would have rounded to 0.
-
-    A few rows at a time, so that what is float32 of a bfloat16 z is small, and stays in a cache.
-    """
-    leads = []
-    n_rows = max(1, 2 ** (24 if z.is_cuda else 20) // z.shape[1])
-    for some, target in zip(z.split(n_rows), targets[:, None].split(n_rows), strict=True):
-        others = None  # let go of the last ones before making new ones
-        others = some.to(result_dtype(z))  # z itself where it is float32
-        target_z = others.gather(1, target)
-        others.scatter_(1, target, -torch.inf)
-        largest = others.amax(1, keepdim=True)
-        others.sub_(largest).exp_()
-        total = others.sum(1, keepdim=True)
-        leads.append((target_z.double() - largest.double() - total.double().log()).squeeze(1))
-        some.copy_(others.div_(total).scatter_(1, target, -1.0))
-    return torch.cat(leads)
-
-
-def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(2B,) sums -> (B,) chosen and (B,) rejected means, held a hair below certainty.
-
-    Beyond a lead of 700 nats even 1 - P underflows; with this floor every ratio stays finite.
-    """
-    means = (sums / lengths).clamp(max=-torch.finfo(sums.dtype).tiny)
-    return means[0::2], means[1::2]
-
-
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, rounded no lower than float32 where the device's kernel can hand out its sums."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b

@@ -1,10 +1,13 @@
 """Aligns a base model with ORPO.
 
-    python train.py                                        the built-in job (minutes on a laptop)
+    python train.py                                        the built-in job (a minute on a laptop)
     python train.py --model DIR --data FILE --eval-data FILE --out OUT
     python train.py ... --resume                           goes on after an interruption
     torchrun --nproc-per-node N train.py ...               the same steps over N processes
     python train.py --model DIR --eval-data FILE --eval-only
+
+The first half of this file is the method: settings, the parts of a step, and `train` with the loop.
+The second half, behind a ruler, is engineering: processes, loading, the plan, the log, signals.
 
 What runs in which dtype:
 
@@ -34,43 +37,37 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-# Large tensors on a CPU in huge pages: PyTorch looks for this when it first allocates.
+# Both are read when memory is first allocated, so they are set before torch is imported. On a CPU
+# large tensors then lie in huge pages; on a GPU blocks of memory can grow, so that micro-batches of
+# ever new sizes leave no gaps behind.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 import data
+from checkpoint import barrier, full_tensor, load_state, rank, save_state
 from data import Batch, Pair
-from model import Segments, Transformer, to_device, whole
-from orpo import fused_linear_orpo, log_odds, pair_groups
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-BUILTIN = Path(__file__).parent / "examples" / "facts" / "train.json"
-BUILTIN_OUT = Path("out") / "builtin"
-TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-    "generation_config.json",
-)
-
+from model import ModelConfig, Segments, Transformer, to_device
+from orpo import ORPOOutput, fused_linear_orpo, log_odds
 
 # ---------------------------------------------------------------------------------------------
 # Settings. A field is a flag; a JSON config holds the same names.
 
 
-def flag(group: str, default, help: str, choices=None, least=None, below=math.inf):
-    meta = {"group": group, "help": help, "choices": choices, "least": least, "below": below}
-    return dataclasses.field(default=default, metadata=meta)
+def flag(group: str, default, help: str, choices=None, least=None, below=math.inf, bare=None):
+    """A field of TrainConfig. bare: its value where the flag is given without one."""
+    limits = {"choices": choices, "least": least, "below": below, "bare": bare}
+    return dataclasses.field(default=default, metadata={"group": group, "help": help} | limits)
 
 
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
@@ -96,10 +93,16 @@ class TrainConfig:
     adam_beta2: float = flag(OPTIMIZER, 0.999, "", least=0, below=1)
     epochs: int = flag("length", 1, "passes over the pairs", least=1)
     max_steps: int = flag("length", None, "updates; decides alone where given", least=1)
-    batch_size: int = flag("length", 32, "pairs a step", least=1)
-    micro_batch_tokens: int = flag("memory", 8192, "packed tokens at a time", least=1)
+    batch_size: int = flag("length", 32, "pairs a step, over all processes", least=1)
+    micro_batch_tokens: int = flag("memory", 8192, "packed tokens at a time, a process", least=1)
     shard: bool = flag("memory", False, "of all weights each process keeps a part (FSDP2)")
-    activation_checkpointing: bool = flag("memory", False, "blocks computed twice, not kept")
+    activation_checkpointing: int = flag(
+        "memory",
+        False,
+        "so many blocks are computed twice, not kept; alone: all",
+        least=0,
+        bare=True,
+    )
     lora_rank: int = flag("memory", 0, "train adapters on a frozen model; 0: train it all", least=0)
     lora_alpha: float = flag("memory", 16.0, "adapters count alpha / rank", least=1e-3)
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
@@ -122,14 +125,1012 @@ class TrainConfig:
             if value is None:
                 continue
             wanted = (int, float) if f.type is float else f.type
-            if not isinstance(value, wanted) or (isinstance(value, bool) and f.type is not bool):
+            a_flag = f.type is bool or f.metadata["bare"] is not None  # may be true or false
+            if not isinstance(value, wanted) or (isinstance(value, bool) and not a_flag):
                 raise ValueError(f"{name} must be {f.type.__name__}, not {value!r}")
-            _, _, choices, least, below = f.metadata.values()
+            choices, least, below = (f.metadata[key] for key in ("choices", "least", "below"))
             if choices and value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, not {value!r}")
             if least is not None and not least <= value < below:
                 limit = f" and below {below}" if below < math.inf else ""
                 raise ValueError(f"{name} must be at least {least}{limit}, not {value}")
+        if self.shard and self.lora_rank:
+            raise ValueError(
+                f"{source}--shard and --lora-rank do not go together: a frozen model is not sharded"
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# The parts of a step.
+
+
+def lr_at(step: int, n_steps: int, config: TrainConfig) -> float:
+    """The learning rate of update `step` (1 is the first): a function of the step alone."""
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return config.lr * step / warmup
+    progress = (step - 1 - warmup) / max(1, n_steps - warmup)  # 0 at the first step after warm-up
+    if config.lr_schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * progress)) / 2
+    if config.lr_schedule == "inverse_sqrt":
+        scale = warmup or 10_000  # as in transformers
+        return config.lr * math.sqrt(scale / (scale + step - 1 - warmup))
+    return config.lr * (1 - progress if config.lr_schedule == "linear" else 1)
+
+
+def steps_in_epoch(pairs: list[Pair], config: TrainConfig) -> int:
+    """The last step of an epoch may hold fewer pairs; none is dropped."""
+    return math.ceil(len(pairs) / config.batch_size)
+
+
+def step_pairs(pairs: list[Pair], step: int, config: TrainConfig) -> list[Pair]:
+    """The pairs of update `step`: by (seed, step) alone, so resuming needs no state."""
+    epoch, i = divmod(step - 1, steps_in_epoch(pairs, config))
+    indices = data.epoch_permutation(len(pairs), config.seed, epoch)
+    return [pairs[k] for k in indices[i * config.batch_size :][: config.batch_size]]
+
+
+def micro_batches(pairs: list[Pair], config: TrainConfig, share: bool = True) -> list[Batch]:
+    """A step's pairs, packed: this process's share of them, or all.
+
+    In bfloat16 lengths are padded to multiples of 64: a CPU builds a kernel for every new shape,
+    and the tiles of a GPU have such sizes.
+    """
+    multiple = 64 if config.dtype == "bfloat16" else 1
+    mine = (rank(), world_size()) if share else (0, 1)
+    return data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss, multiple, *mine)
+
+
+def forward(model: Transformer, batch: Batch, lam: float) -> ORPOOutput:
+    """The loss of one micro-batch, as its share of the step's."""
+    device = model.device
+    b = Batch(*(to_device(x, device) if torch.is_tensor(x) else x for x in batch))
+    segments = Segments.of(b.q_lens, b.k_lens, b.key_index, device)
+    hidden = model.hidden_states(b.tokens, b.positions, segments)  # (N, D)
+    hidden, lm_head = model.projection(hidden.index_select(0, b.predict))  # (P, D), (V, D)
+    return fused_linear_orpo(
+        hidden,
+        lm_head,
+        b.targets,
+        b.response,
+        b.nll_weight,
+        lam,
+        b.n_pairs,
+        b.response_lengths,
+        b.groups,
+    )
+
+
+def training_step(model: Transformer, optimizer, batches: list[Batch], config: TrainConfig):
+    """One update: the outputs of its micro-batches, and the gradient's norm before clipping.
+
+    The host only queues work here; it never waits for a number of the device.
+    """
+    outputs = []
+    for batch in batches:
+        output = forward(model, batch, config.lam)
+        output.loss.backward()  # gradients just add up: every normaliser is the whole step's
+        outputs.append(output)
+    loss = torch.stack([output.loss.detach() for output in outputs]).sum()
+    # FSDP2 has summed the gradients of a sharded model itself, in each backward pass.
+    gradients = [] if config.shard else [p.grad for p in trainable(model)]
+    sum_over_processes([loss, *gradients])
+    largest = config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(trainable(model), largest, foreach=True)
+    grad_norm = full_tensor(grad_norm)
+    # Where loss or norm is not finite there is no update, then or later. found_inf is the flag by
+    # which PyTorch's GradScaler tells a fused AdamW to leave everything as it is. Adam counts the
+    # updates that it makes, so whoever reads the count can tell at which step it stopped.
+    optimizer.found_inf = optimizer.found_inf.maximum(~torch.isfinite(loss + grad_norm))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return outputs, grad_norm
+
+
+def metrics_of(outputs: list[ORPOOutput], lam: float, n_pairs: int) -> dict[str, torch.Tensor]:
+    """A step's metrics, under the names that TRL's users know, still on the device.
+
+    Each is a sum: over the pairs of this process, then over processes.
+    """
+    chosen = torch.cat([o.chosen_logps for o in outputs])
+    rejected = torch.cat([o.rejected_logps for o in outputs])
+    pair_losses = torch.cat([o.odds_ratio_loss for o in outputs])
+    shares = {
+        "loss": torch.stack([o.loss.detach().double() for o in outputs]).sum(),
+        "nll_loss": torch.stack([o.nll_loss for o in outputs]).sum(),
+        "log_odds_ratio": -pair_losses.sum() / n_pairs,  # TRL's name: mean log *sigmoid* of the ...
+        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).sum() / n_pairs,  # ... log odds
+        "rewards/chosen": lam * chosen.sum() / n_pairs,
+        "rewards/rejected": lam * rejected.sum() / n_pairs,
+        "rewards/accuracies": (chosen > rejected).double().sum() / n_pairs,
+        "rewards/margins": lam * (chosen - rejected).sum() / n_pairs,
+        "logps/chosen": chosen.sum() / n_pairs,  # mean over a response's tokens, then over pairs
+        "logps/rejected": rejected.sum() / n_pairs,
+    }
+    sums = torch.stack(list(shares.values()))
+    sum_over_processes([sums])
+    return dict(zip(shares, sums, strict=True))
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, pairs: list[Pair], config: TrainConfig) -> dict[str, float]:
+    """The metrics over all of an evaluation set, normalised over all of it, as eval_*."""
+    outputs = [forward(model, batch, config.lam) for batch in micro_batches(pairs, config)]
+    reshard(model)
+    metrics = HostCopy(metrics_of(outputs, config.lam, len(pairs))).read()
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def answers(model: Transformer, tokenizer, prompts, max_new: int, **sampling) -> list[str]:
+    """The model's answer to each prompt (token ids), as text. Prompts of one length go together."""
+    texts, end = {}, tokenizer.turn_end()
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for length, rows in itertools.groupby(by_length, key=lambda i: len(prompts[i])):
+        rows = list(rows)
+        new = max(0, min(max_new, model.config.max_seq_len - length))
+        if new == 0:  # a prompt that fills the context has no answer
+            texts |= dict.fromkeys(rows, "")
+            continue
+        tokens = torch.tensor([list(map(int, prompts[i])) for i in rows], device=model.device)
+        tokens = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
+        for i, ids in zip(rows, tokens[:, length:].tolist(), strict=True):
+            if tokenizer.eos_id in ids:
+                ids = ids[: ids.index(tokenizer.eos_id)]
+            texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
+    reshard(model)
+    return [texts[i] for i in range(len(prompts))]
+
+
+def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dict[str, float]:
+    """Where rows list the answers that they accept: the share of the model's that is among them."""
+    asked = [pair for pair in pairs if pair.accept is not None]
+    if not asked:
+        return {}
+    prompts = [pair.prompt for pair in asked]
+    longest = 2 * max(max(pair.lengths[1:]) for pair in asked)
+    shares = {}
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        generator = torch.Generator(model.device).manual_seed(seed)
+        sampling = {"temperature": temperature, "generator": generator}
+        texts = answers(model, tokenizer, prompts, longest, **sampling)
+        good = [text in pair.accept for text, pair in zip(texts, asked, strict=True)]
+        shares[f"eval_accepted/{name}"] = sum(good) / len(good)
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------
+# A run.
+
+
+def train(config: TrainConfig) -> int:
+    """One run, from the plan that is printed to the model that is saved; its exit status."""
+    pick_device(config)
+    out = claim_folder(config)
+    model, tokenizer, train_set, eval_set = load_inputs(config)
+    pairs, eval_pairs = train_set.pairs, eval_set.pairs
+
+    def evaluation(step: int) -> dict[str, float]:
+        row = {"step": step} | evaluate(model, eval_pairs, config)
+        return row | accepted(model, tokenizer, eval_pairs, config.seed + step)
+
+    if config.eval_only:
+        row = evaluation(0)
+        write_row(out, row)
+        print(json.dumps(row))
+        return 0
+
+    plan = make_plan(model, tokenizer, train_set, eval_set, config)
+    n_steps, optimizer = plan.n_steps, make_optimizer(model, config)
+    dry_run(model, optimizer, plan, config)
+    shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
+    before = answers(model, tokenizer, shown, 64)
+    start = load_checkpoint(out, model, optimizer, config) if config.resume else 0
+    begin_folder(out, start, config)
+    log = Log(out, model, start, plan, config)
+
+    upcoming = micro_batches(step_pairs(pairs, start + 1, config), config)
+    with stop_signals() as stopped, blame_rows(model, pairs, config):
+        for step in range(start, n_steps + 1):  # `step` updates have been made
+            # Once in a while, with the clock stopped: evaluate, save, stop.
+            here_before = start > 0 and step == start  # so many steps that a checkpoint was saved
+            evaluates = eval_pairs and (step in (0, n_steps) or due(step, config.eval_every))
+            saves = step > 0 and due(step, config.save_every)
+            stop = max_over_processes(stopped[-1] if stopped else 0)
+            if not here_before and (evaluates or saves or stop):
+                with log.paused():
+                    check_updates(optimizer, model, step)
+                    if evaluates:
+                        log.evaluation(evaluation(step))
+                    if step > 0 and (saves or stop):
+                        save_checkpoint(out, step, model, optimizer, config)
+            if step == n_steps:
+                break
+            if stop:
+                log.close()
+                name = signal.Signals(stop).name
+                print(f"{name}: stopped after step {step} of {n_steps}; continue with --resume")
+                return 128 + stop  # as a shell counts
+
+            # One step.
+            lr = lr_at(step + 1, n_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            outputs, grad_norm = training_step(model, optimizer, upcoming, config)
+            # While the device computes: pack the next step, and log the one before.
+            upcoming = micro_batches(step_pairs(pairs, step + 2, config), config)
+            log.step(
+                step + 1, step_pairs(pairs, step + 1, config), outputs, grad_norm, lr, optimizer
+            )
+        log.close()
+
+    save_model(model, tokenizer, pairs, config, out)
+    print_changes(out, n_steps)
+    after = answers(model, tokenizer, shown, 64)
+    for prompt, *texts in zip(shown, before, after, strict=True):
+        print("\n{}\n  before: {}\n  after:  {}".format(tokenizer.decode(prompt), *texts))
+    print(f"\nwrote {out}/metrics.jsonl and {out}/model, a Hugging Face folder")
+    return 0
+
+
+# =============================================================================================
+# Nothing below is ORPO: processes, memory, loading, the plan, the log, checkpoints, flags.
+# =============================================================================================
+
+
+def trainable(model: Transformer) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, whose weight decay is of matrices and not of norms and biases."""
+    groups = [
+        {"params": [p for p in trainable(model) if p.dim() >= 2]},
+        {"params": [p for p in trainable(model) if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
+    adamw = torch.optim.AdamW(groups, config.lr, betas, eps=1e-8, weight_decay=decay, fused=True)
+    adamw.found_inf = torch.zeros((), device=model.device)  # see training_step
+    return adamw
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes: each takes its share of a step's pairs, and what they find adds up.
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensors: list[torch.Tensor]):
+    """Makes each tensor its sum over all processes, in place: no second copy of the gradients."""
+    if world_size() > 1:
+        for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
+            work.wait()
+
+
+def max_over_processes(number: int) -> int:
+    x = torch.tensor(number)  # on the CPU, by gloo: the GPU is not waited for
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return int(x)
+
+
+def shard(model: Transformer, config: TrainConfig):
+    """FSDP2: each process keeps a part of every weight; a block is gathered when it is its turn.
+
+    Blocks are gathered in --dtype, what is around them in float32, as the loss wants lm_head.
+    Gradients are summed in float32, and not averaged: see `training_step`.
+    """
+    mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
+    dtype = getattr(torch, config.dtype)
+    dtypes = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.layers:
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=dtypes)
+    fsdp.fully_shard(model, mesh=mesh)
+    for module in (*model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    fsdp.register_fsdp_forward_method(model, "hidden_states")
+
+
+def reshard(model: Transformer):
+    """Behind a forward pass without a backward pass embedding and lm_head are still gathered."""
+    if isinstance(model, fsdp.FSDPModule):
+        model.reshard()
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """Sets config.device and config.dtype where they are left open; joins torchrun's processes.
+
+    Raises ValueError.
+    """
+    wanted = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"--device {wanted}: unknown; use cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
+    several = "WORLD_SIZE" in os.environ  # torchrun says so
+    if config.shard and not several:
+        raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")
+    if device.type == "cuda":
+        if several and device.index is not None:
+            raise ValueError(f"--device {wanted}: torchrun gives each process its own: use cuda")
+        # With its index: a device without one means the current GPU, and set_device refuses it.
+        index = int(os.environ["LOCAL_RANK"]) if several else device.index or 0
+        n = torch.cuda.device_count()
+        if index >= n:
+            which = f" (local rank {index})" if several else ""
+            raise ValueError(f"--device {wanted}{which}: this machine shows {n} CUDA devices")
+        device = torch.device("cuda", index)
+    config.device = str(device)
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if several and not dist.is_initialized():
+        # Hours, as the others wait while process 0 writes a large model.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def keep_freed_memory():
+    """On a CPU: no buffer goes back to the system, so that a step does not pay for its pages anew.
+
+    glibc's malloc gives large buffers back at once, and getting them again, page by page, took up
+    to half of a step. Where there is no glibc, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading.
+
+
+@dataclass
+class PairSet:
+    """Pairs, and what the plan says of them."""
+
+    pairs: list[Pair]
+    about: str = ""
+
+
+def load_inputs(config: TrainConfig):
+    """(model, tokenizer, pairs to train on, pairs to evaluate on)."""
+    model = load_model(config)
+    tokenizer = data.load_tokenizer(config.model)
+    if config.chat_template:
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{config.chat_template}: {error}") from None
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+            f"the embedding only {model.config.vocab_size} rows"
+        )
+    config.max_length = min(config.max_length, model.config.max_seq_len)
+    train_rows = [] if config.eval_only else data.load_preferences(config.data)
+    eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
+    if config.eval_fraction and not config.eval_data:
+        train_rows, eval_rows = data.hold_out(train_rows, config.eval_fraction, config.seed)
+        if not train_rows:
+            raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
+    return model, tokenizer, *(encode(rows, tokenizer, config) for rows in (train_rows, eval_rows))
+
+
+def load_model(config: TrainConfig) -> Transformer:
+    """The model on its device, in the dtypes that training wants, sharded, with adapters."""
+    dtype = getattr(torch, config.dtype if config.lora_rank else "float32")
+    shard_it = functools.partial(shard, config=config) if config.shard else None
+    with out_of_memory_advice(config):
+        model = Transformer.from_pretrained(config.model, config.device, dtype, shard_it)
+        if config.lora_rank:
+            model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
+    model.compute_dtype = getattr(torch, config.dtype)
+    n = config.activation_checkpointing
+    model.checkpointed_blocks = model.config.n_layers if n is True else int(n)
+    for block in model.layers if config.compile else ():
+        block.compile(dynamic=True)
+    return model
+
+
+def encode(rows: list, tokenizer, config: TrainConfig) -> PairSet:
+    if not rows:
+        return PairSet([])
+    file, quiet = rows[0].where.rpartition(":")[0], True if rank() else None
+    # disable=None: no progress bar where there is no terminal
+    progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=quiet, leave=False)
+    limits = config.max_length, config.max_prompt_length
+    try:
+        pairs, dropped = data.encode_rows(tokenizer, rows, *limits, progress)
+    except ValueError as error:
+        raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
+    mean = [sum(pair.lengths[i] for pair in pairs) / len(pairs) for i in range(3)]
+    forms = " and ".join(dict.fromkeys(row.form for row in rows))
+    about = f"{file}: {forms}\n         {len(pairs)} pairs of {len(rows)}; "
+    about += f"dropped: {data.describe(dropped)}\n"
+    about += "         mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*mean)
+    return PairSet(pairs, about)
+
+
+# ---------------------------------------------------------------------------------------------
+# The plan: what the run will do and need, before it does it.
+
+
+class Plan(NamedTuple):
+    n_steps: int
+    steps_an_epoch: int
+    largest: list[Pair]  # the micro-batch of most tokens
+    several: bool  # some step has several micro-batches in a process
+
+
+def make_plan(model, tokenizer, train_set: PairSet, eval_set: PairSet, config: TrainConfig) -> Plan:
+    """Goes through all steps without computing them, and prints what they will be."""
+    c, pairs, n_processes = config, train_set.pairs, world_size()
+    trained, n_parameters = count_parameters(model)
+    an_epoch = steps_in_epoch(pairs, c)
+    n_steps = c.max_steps or c.epochs * an_epoch
+    steps = [step_pairs(pairs, step, c) for step in range(1, n_steps + 1)]
+    shares = [share for step in steps for share in data.balance_over_ranks(step, n_processes)]
+    splits = [data.split_by_tokens(share, c.micro_batch_tokens) for share in shares]
+    parts = [part for split in splits for part in split]
+    tokens = [sum(pair.n_tokens for pair in part) for part in parts]
+    largest = parts[tokens.index(max(tokens))]
+    several = max(map(len, splits)) > 1  # not by len(parts): a process may have no pair in a step
+
+    print(f"model    {c.model}: {n_parameters:,} parameters, stored as {model.config.dtype}")
+    print(f"         {trained:,} trained, in float32, products in {c.dtype}, on {c.device}")
+    for name, pair_set in (("train", train_set), ("eval", eval_set)):
+        if pair_set.pairs:
+            print(f"{name:<8} {pair_set.about}")
+    print(
+        f"steps    {n_steps} of {c.batch_size} pairs ({an_epoch} an epoch), "
+        f"{sum(tokens) / n_steps:.0f} tokens a step in {len(parts) / n_steps:.1f} micro-batches, "
+        f"the largest of {max(tokens)}"
+    )
+    if n_processes > 1:
+        loads = [sum(pair.n_tokens for pair in share) for share in shares]
+        busiest = [max(loads[i : i + n_processes]) for i in range(0, len(loads), n_processes)]
+        ratio = n_processes * sum(busiest) / sum(tokens)
+        print(
+            f"         over {n_processes} processes, the busiest with {ratio:.2f} of an equal share"
+        )
+    print(
+        f"         lam {c.lam}, SFT over {c.sft_loss}, lr {c.lr} "
+        f"({c.lr_schedule}, {c.warmup_steps} warm-up), seed {c.seed}"
+    )
+    n_flops = sum(step_flops(model, step, c) for step in steps)
+    repeated = min(model.checkpointed_blocks, model.config.n_layers) / model.config.n_layers
+    seconds = n_flops * (1 + repeated / 3) / (0.5 * product_rate(model) * n_processes)
+    print(
+        f"time     about {duration(seconds)}, if matrix products reach half of their speed alone; "
+        "by the clock after 3 steps"
+    )
+    state = gigabytes(fixed_memory(trained, n_parameters, c))
+    each = " in each process" if c.shard else ""
+    print(
+        f"memory   {state}{each} for weights, gradients and Adam's moments; the rest is tried next"
+    )
+    needed, free = disk_needed(model, c), shutil.disk_usage(existing_parent(Path(c.out))).free
+    warning = "" if needed < free else ": NOT ENOUGH; lower --keep, or name another --out"
+    print(
+        f"disk     {gigabytes(needed)} for the model and {c.keep + 1 if c.save_every else 0} "
+        f"checkpoints, of {gigabytes(free)} free{warning}"
+    )
+    print("the first pair, as trained on:")
+    print(data.show(pairs[0], tokenizer, colour=data.use_colour()), flush=True)
+    return Plan(n_steps, an_epoch, largest, several)
+
+
+def count_parameters(model: Transformer) -> tuple[int, int]:
+    """Those that are trained, and those of the model without adapters."""
+    trained, n = (
+        sum(p.numel() for p in trainable(model)),
+        sum(p.numel() for p in model.parameters()),
+    )
+    return trained, n - trained if model.lora_layers() else n
+
+
+def fixed_memory(trained: int, n_parameters: int, config: TrainConfig) -> int:
+    """Bytes of a process that no micro-batch changes: in float32 weights, gradients and Adam's two
+    moments, which --shard divides; or adapters in the same way, and frozen weights in --dtype."""
+    if config.lora_rank:
+        return 16 * trained + n_parameters * getattr(torch, config.dtype).itemsize
+    return 16 * n_parameters // (world_size() if config.shard else 1)
+
+
+def disk_needed(model: Transformer, config: TrainConfig) -> int:
+    """Bytes of OUT/model and of the checkpoints, one more than stay, as a new one comes first."""
+    trained, n_parameters = count_parameters(model)
+    stored = n_parameters * getattr(torch, model.config.dtype).itemsize
+    return stored + (12 * trained * (config.keep + 1) if config.save_every else 0)
+
+
+def existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def product_rate(model: Transformer, seconds: float = 0.05) -> float:
+    """Operations a second of square matrix products on the model's device, in its compute dtype."""
+    cuda = model.device.type == "cuda"
+    n = 4096 if cuda else 512
+    a, b = torch.randn(2, n, n, device=model.device).to(model.compute_dtype)
+    float((a @ b)[0, 0])  # the first one sets kernels up; float waits for the device
+    n_products, begin = 0, time.perf_counter()
+    while (taken := time.perf_counter() - begin) < seconds:
+        float((a @ b)[0, 0])
+        n_products += 1
+    return n_products * 2 * n**3 / taken
+
+
+def duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MB"
+
+
+def dry_run(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
+    """The largest micro-batch, forward and backward, with everything in memory that a step has:
+    running out of it happens now, or not at all. Nothing changes by it."""
+    pairs = plan.largest
+    with out_of_memory_advice(config, pairs):
+        for p in trainable(model):
+            p.grad = torch.zeros_like(p)
+        for group in optimizer.param_groups:  # zero gradients at rate 0: moments are made, no more
+            group["lr"] = 0.0
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr
+        for state in optimizer.state.values():
+            state["step"].zero_()
+        if not plan.several:  # else those of other micro-batches are there while this one runs
+            optimizer.zero_grad(set_to_none=True)
+        for batch in micro_batches(pairs, config, share=False):
+            forward(model, batch, config.lam).loss.backward()
+    optimizer.zero_grad(set_to_none=True)
+    text = f"{peak_memory_gb(model.device):.2f} GB at the most in a step"
+    if model.device.type == "cuda":
+        total = torch.cuda.get_device_properties(model.device).total_memory
+        text += f", of {gigabytes(total)}"
+    print(f"         {text}")
+    kept, entrance = block_memory(model, pairs)
+    print(
+        f"         a block keeps about {gigabytes(kept)} for its backward pass, and one that "
+        f"--activation-checkpointing computes twice {gigabytes(entrance)}",
+        flush=True,
+    )
+
+
+def block_memory(model: Transformer, pairs: list[Pair]) -> tuple[int, int]:
+    """Bytes that a block keeps of a micro-batch for its backward pass, and of them its input.
+
+    Without torch.compile, and with fused norms and Flash attention, as on a GPU in bfloat16.
+    """
+    c, itemsize = model.config, (model.compute_dtype or torch.float32).itemsize
+    n = sum(pair.n_tokens for pair in pairs)
+    n_keys = n + sum(len(pair.prompt) for pair in pairs)  # a prompt's are gathered twice
+    norms = 2 if c.parallel else 4  # what each of them reads and writes, in widths D
+    wide = 4 if c.gated else 1 if c.activation == "relu" else 2  # in widths of the MLP
+    # Attention keeps queries, keys, values and its output.
+    per_token = norms * c.dim + 2 * c.n_heads * c.head_dim + wide * c.hidden_dim
+    kept = n * per_token + 2 * n_keys * c.n_kv_heads * c.head_dim
+    return itemsize * kept, itemsize * n * c.dim
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(config: TrainConfig, pairs: list[Pair] = ()):
+    """An out-of-memory error within it becomes a ValueError that says what helps in this case."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ValueError(advice_on_memory(config, pairs)) from None
+
+
+def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
+    """What to change, where a micro-batch of these pairs, or the model alone, does not fit."""
+    with torch.device("meta"):  # the model at hand may be half loaded
+        model = Transformer(ModelConfig.from_json(Path(config.model) / "config.json"))
+    if config.lora_rank:
+        model.add_lora(config.lora_rank, config.lora_alpha)
+    trained, n_parameters = count_parameters(model)
+    fixed = fixed_memory(trained, n_parameters, config)
+    total = torch.cuda.get_device_properties(config.device).total_memory
+    state = f"{gigabytes(fixed)} for weights, gradients and Adam's moments"
+    card = f"{gigabytes(total)} of {config.device}"
+    shard = "--shard over more GPUs (torchrun --nproc-per-node N train.py ... --shard)"
+    shard = "more GPUs" if config.shard else shard
+    lora = "" if config.lora_rank or config.shard else " or --lora-rank 16"
+    if fixed > 0.95 * total or not pairs:
+        return (
+            f"out of memory: {state} do not fit the {card}; smaller micro-batches and "
+            f"--activation-checkpointing do not change that, {shard}{lora} would"
+        )
+    n, longest = (f(pair.n_tokens for pair in pairs) for f in (sum, max))
+    ways = []
+    if int(config.activation_checkpointing) == 0:
+        ways.append("--activation-checkpointing")
+    elif config.activation_checkpointing is not True:
+        ways.append("--activation-checkpointing of more blocks")
+    if n > longest:
+        ways.append(f"--micro-batch-tokens below {config.micro_batch_tokens}")
+    else:  # it is a single pair, which is never split
+        ways.append(f"--max-length below {config.max_length}")
+    ways.append(shard + lora)
+    return (
+        f"out of memory: beside {state} the largest micro-batch, {n} tokens, does not fit the "
+        f"{card}; what helps: {', '.join(ways)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder of a run: its settings, its rows, its checkpoints, its model.
+
+
+def claim_folder(config: TrainConfig) -> Path | None:
+    """--out as a path, checked: no file, and no other run's folder. Raises ValueError."""
+    if config.out is None:
+        return None
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; a folder is needed")
+    above = existing_parent(out)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out}: cannot be made, as {above} is not a folder to write to")
+    if (out / "model").resolve() == Path(config.model).resolve() and not config.eval_only:
+        raise ValueError(f"--out {out}: its model/ would replace --model; name another folder")
+    holds_run = any("loss" in row for row in read_rows(out))
+    if config.eval_only and holds_run:
+        return None  # printed only: that run's rows stay as they are
+    if holds_run and not config.resume and not is_builtin(config):
+        raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
+    return out
+
+
+def is_builtin(config: TrainConfig) -> bool:
+    """The built-in job owns its folder, and replaces what it left there."""
+    base = BUILTIN.parent / "base"
+    return Path(config.out) == BUILTIN_OUT and Path(config.model).resolve() == base.resolve()
+
+
+def begin_folder(out: Path, start: int, config: TrainConfig):
+    """Removes what a run of the built-in job left, and rows behind the step that a run goes on
+    from; writes the settings, as --config takes them to do the same again from any folder."""
+    barrier()  # every process has looked into it
+    if rank() > 0:
+        return
+    if start == 0 and is_builtin(config) and not config.resume:
+        shutil.rmtree(out, ignore_errors=True)
+    kept = [row for row in read_rows(out) if row["step"] <= start and start > 0]
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "metrics.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, out / "metrics.jsonl")
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "out")}
+    for name in ("model", "data", "eval_data", "chat_template"):
+        settings[name] = settings[name] and str(Path(settings[name]).resolve())
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def write_row(out: Path | None, row: dict):
+    """One JSON object a line, flushed at once."""
+    if out is not None and rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def read_rows(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl, less a last one that was half written."""
+    file, rows = out / "metrics.jsonl", []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
+    """Weights, Adam's moments and its count, by name: the tensors themselves, to save or to fill.
+
+    The order of pairs follows from the step. What is frozen is in --model: here only as one number,
+    by which `load_checkpoint` knows it again.
+    """
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
+    if frozen := [p.detach() for p in model.parameters() if not p.requires_grad]:
+        state["frozen"] = torch.stack([p.double().norm() for p in frozen]).sum()
+    return state
+
+
+def save_checkpoint(out: Path, step: int, model: Transformer, optimizer, config: TrainConfig):
+    settings = dataclasses.asdict(config)
+    save_state(out, step, training_state(model, optimizer), settings, config.keep)
+
+
+def load_checkpoint(out: Path, model: Transformer, optimizer, config: TrainConfig) -> int:
+    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet."""
+    state = training_state(model, optimizer)
+    frozen = state["frozen"].clone() if "frozen" in state else None
+    folder = load_state(out, state, functools.partial(refuse_other_settings, config))
+    if folder is None:
+        print(f"--resume: no checkpoint yet in {out}: from the beginning")
+        return 0
+    if frozen is not None and not torch.isclose(frozen, state["frozen"], rtol=1e-9):
+        raise ValueError(f"--resume: {config.model} is not the model that {folder} is of")
+    return int(folder.name.removeprefix("step-"))
+
+
+def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
+    free = ("resume", "eval_only", "device", "out", "keep", "shard", "micro_batch_tokens")
+    free += ("activation_checkpointing", "compile", "log_every", "save_every")
+    for name, now in dataclasses.asdict(config).items():
+        if name not in free and now != then.get(name, getattr(TrainConfig, name)):
+            raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
+
+
+TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    "generation_config.json",
+)
+
+
+def save_model(model: Transformer, tokenizer, pairs: list[Pair], config: TrainConfig, out: Path):
+    """The trained model as a Hugging Face folder, in the dtype that the checkpoint had."""
+    if rank() > 0:
+        if config.shard:  # takes part in gathering each tensor
+            model.save_pretrained(None)
+        return
+    folder = out / "model"
+    if config.lora_rank:
+        model = model.merge_lora(Transformer.from_pretrained(config.model))
+    model.save_pretrained(folder, dtype=getattr(torch, model.config.dtype))
+    for name in TOKENIZER_FILES:
+        if (Path(config.model) / name).is_file():
+            shutil.copyfile(Path(config.model) / name, folder / name)
+    # Trained on messages by a template that did not come along: whoever chats needs it too.
+    came_along = tokenizer.has_chat_template and not config.chat_template
+    if pairs[0].chat and not came_along:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if not (folder / "generation_config.json").exists():  # where to stop
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# The log.
+
+
+class HostCopy:
+    """Numbers on their way from the device to the host. Only `read` waits for them."""
+
+    def __init__(self, numbers: dict[str, torch.Tensor]):
+        self.names, values = list(numbers), torch.stack([x.double() for x in numbers.values()])
+        self.values, self.arrived = values.to("cpu", non_blocking=True), None
+        if values.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # waits for this copy, and not for the step behind it
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+class NotFinite(Exception):
+    def __init__(self, step: int):
+        self.step = step
+
+
+class Log:
+    """metrics.jsonl, and what is seen of it while a run goes on: a progress bar, or where there is
+    no terminal a line every half minute."""
+
+    def __init__(self, out: Path, model: Transformer, start: int, plan: Plan, config: TrainConfig):
+        self.out, self.model, self.config = out, model, config
+        self.start, self.n_steps, self.steps_an_epoch = start, plan.n_steps, plan.steps_an_epoch
+        quiet = True if rank() else None  # None: where there is no terminal
+        self.bar = tqdm(initial=start, total=self.n_steps, unit="step", disable=quiet)
+        self.peak = peak_flops(model.device, config)
+        self.begin = self.printed = self.clock = time.perf_counter()
+        self.n_tokens, self.flops, self.waiting = 0, 0, None
+
+    def step(self, step: int, pairs: list[Pair], outputs, grad_norm, lr: float, optimizer):
+        """Takes in a step that the device may still compute, and writes the row of the one before,
+        so that the device always has work queued."""
+        self.complete()
+        self.n_tokens += sum(pair.n_tokens for pair in pairs)
+        self.flops += step_flops(self.model, pairs, self.config)
+        if due(step, self.config.log_every) or step == self.n_steps:
+            numbers = metrics_of(outputs, self.config.lam, len(pairs)) | {"grad_norm": grad_norm}
+            numbers["updates"] = n_updates(optimizer, self.model)
+            self.waiting = step, HostCopy(numbers), lr, self.n_tokens, self.flops
+            self.n_tokens, self.flops = 0, 0
+        if self.model.device.type == "cpu":  # which has computed the step already
+            self.complete()
+        self.bar.update()
+
+    def complete(self):
+        """Writes the row that waits for its numbers. Raises NotFinite where there was no update."""
+        if self.waiting is None:
+            return
+        (step, numbers, lr, n_tokens, flops), self.waiting = self.waiting, None
+        row = numbers.read()
+        if (updates := int(row.pop("updates"))) < step:
+            raise NotFinite(updates + 1)
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        row = {"step": step} | row | {"learning_rate": lr, "epoch": step / self.steps_an_epoch}
+        row |= {"tokens_per_second": n_tokens / seconds, "tflops": flops / seconds / 1e12}
+        if self.peak:
+            row["mfu"] = flops / seconds / self.peak / world_size()
+        row["peak_memory_gb"] = peak_memory_gb(self.model.device)
+        write_row(self.out, row)
+        text = "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
+        text = (text + "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s").format(**row)
+        if self.peak:
+            text += f" MFU {row['mfu']:.0%}"
+        self.bar.set_postfix_str(text)
+        left = duration((now - self.begin) / (step - self.start) * (self.n_steps - step))
+        if self.bar.disable and now - self.printed > 30:
+            self.printed = now
+            print(f"step {step} of {self.n_steps}: {text}; {left} left", flush=True)
+        elif step == self.start + 3 and step < self.n_steps:
+            self.write(f"after 3 steps: about {left} left")
+
+    def evaluation(self, row: dict):
+        """Writes an evaluation's row, and the most telling of its numbers as a line."""
+        write_row(self.out, row)
+        self.write(
+            "step {step}: held out loss {eval_loss:.3f}, accuracy {eval_rewards/accuracies:.3f}, "
+            "logps {eval_logps/chosen:.2f} / {eval_logps/rejected:.2f}".format(**row)
+        )
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Within it the clock stands still; before it, the device has caught up."""
+        self.complete()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        yield
+        pause = time.perf_counter() - begin
+        self.clock, self.begin = self.clock + pause, self.begin + pause
+
+    def write(self, text: str):
+        """A line of its own, above the progress bar where there is one."""
+        print(text, flush=True) if self.bar.disable else self.bar.write(text)
+
+    def close(self):
+        self.complete()
+        self.bar.close()
+
+
+# Dense bfloat16 operations a second by the makers' data sheets, in 1e12; the first name that fits.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
+
+
+def peak_flops(device, config: TrainConfig) -> float | None:
+    """What MFU is a share of; None where the device or the dtype is not in the table."""
+    if device.type != "cuda" or config.dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def step_flops(model: Transformer, pairs: list[Pair], config: TrainConfig) -> int:
+    lengths = [pair.lengths for pair in pairs]
+    n_predicted = sum(c + r + (p - 1 if config.sft_loss == "full" else 0) for p, c, r in lengths)
+    return model.training_flops(lengths, n_predicted)
+
+
+def peak_memory_gb(device) -> float:
+    """GB (2^30) at the most so far: of CUDA's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
+
+
+def n_updates(optimizer, model: Transformer) -> torch.Tensor:
+    """How many updates Adam has made, on the device: fewer than steps once one was not finite."""
+    return optimizer.state[trainable(model)[0]]["step"]
+
+
+def check_updates(optimizer, model: Transformer, step: int):
+    """Raises NotFinite where Adam has made fewer updates than `step`. Waits for the device."""
+    if (updates := int(n_updates(optimizer, model))) < step:
+        raise NotFinite(updates + 1)
+
+
+@contextlib.contextmanager
+def blame_rows(model: Transformer, pairs: list[Pair], config: TrainConfig):
+    """A step that was not finite becomes a ValueError that names its rows."""
+    try:
+        yield
+    except NotFinite as error:
+        raise ValueError(rows_not_finite(model, pairs, error.step, config)) from None
+
+
+def rows_not_finite(model: Transformer, pairs: list[Pair], step: int, config: TrainConfig) -> str:
+    """What in a step was not finite: its pairs one by one, on the weights that it had."""
+    pairs, found = step_pairs(pairs, step, config), []
+    for pair in pairs:
+        (batch,) = micro_batches([pair], config, share=False)
+        output = forward(model, batch._replace(n_pairs=len(pairs)), config.lam)
+        output.loss.backward()
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in trainable(model)]))
+        terms = {"L_SFT": output.nll_loss, "L_OR": config.lam * output.odds_ratio_loss.sum()}
+        terms = [k for k, x in terms.items() if not torch.isfinite(x.to(output.loss.dtype))]
+        if not terms and not torch.isfinite(norm):
+            terms = ["its gradient"]
+        if terms:
+            found.append(f"{pair.where} ({' and '.join(terms)})")
+        model.zero_grad(set_to_none=True)
+    if not found:
+        found = ["the sum over its rows, each of which is finite alone"]
+    where = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    return f"step {step}: not finite: {where}; nothing was updated or saved"
+
+
+def print_changes(out: Path, n_steps: int):
+    """The evaluation before and after, side by side, from the rows that were written."""
+    evaluations = {row["step"]: row for row in read_rows(out) if "eval_loss" in row}
+    if 0 in evaluations and n_steps in evaluations:
+        print(f"\n{'held out':<28}{'before':>10}{'after':>10}")
+        for name in evaluations[0]:
+            if name != "step":
+                before, after = evaluations[0][name], evaluations[n_steps][name]
+                print(f"{name:<28}{before:>10.4f}{after:>10.4f}")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that grows when SIGTERM or Ctrl-C comes; the second of a kind kills at once."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags.
+
+BUILTIN = Path(__file__).parent / "examples" / "facts" / "train.json"
+BUILTIN_OUT = Path("out") / "builtin"
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,16 +1147,17 @@ def parse(argv: list[str] | None) -> TrainConfig:
     )
     groups = {}
     for f in dataclasses.fields(TrainConfig):
-        group = f.metadata["group"]
+        group, choices, bare = (f.metadata[key] for key in ("group", "choices", "bare"))
         groups.setdefault(group, parser.add_argument_group(group))
         shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
         options = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
         if f.type is bool:
             options["action"] = "store_true"
         else:
-            options["type"] = f.type
-            options["choices"] = choices = f.metadata["choices"]
+            options |= {"type": f.type, "choices": choices}
             options["metavar"] = None if choices else f.type.__name__.upper()
+            if bare is not None:
+                options |= {"nargs": "?", "const": bare}
         groups[group].add_argument("--" + f.name.replace("_", "-"), **options)
     groups["input and output"].add_argument(
         "--config", metavar="FILE", help="JSON of these names; its paths are relative to it"
@@ -172,8 +1174,6 @@ def parse(argv: list[str] | None) -> TrainConfig:
             settings.setdefault("out", str(BUILTIN_OUT))
     config = TrainConfig(**(settings | given))
     config.check()
-    if config.shard and config.lora_rank:
-        raise ValueError("--shard and --lora-rank do not go together: a frozen model is not cut up")
     needed = ("model", "eval_data") if config.eval_only else ("model", "data", "out")
     for name in needed:
         if getattr(config, name) is None:
@@ -199,820 +1199,6 @@ def read_config(file: Path) -> dict:
             settings[name] = os.path.relpath(file.parent / settings[name])
     TrainConfig(**settings).check(f"{file}: ")
     return settings
-
-
-# ---------------------------------------------------------------------------------------------
-# Processes: each takes its share of a step's pairs, and what they find adds up.
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_processes(tensors: list[torch.Tensor]):
-    """Makes each tensor its sum over all processes, in place: no second copy of the gradients."""
-    works = [dist.all_reduce(x, async_op=True) for x in tensors if world() > 1]
-    for work in works:
-        work.wait()
-
-
-def barrier():
-    """No process goes on before all have come here."""
-    largest_anywhere(0)
-
-
-def largest_anywhere(number: int) -> int:
-    """The largest of the processes' numbers."""
-    x = torch.tensor(number)  # on the CPU, by gloo: the GPU is not waited for
-    if world() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return int(x)
-
-
-def shard(model: Transformer, config: TrainConfig, device):
-    """FSDP2: each process keeps a part of every weight; a block is gathered when it is its turn.
-
-    Blocks are gathered in --dtype, what is around them in float32, as the loss wants lm_head.
-    Gradients are summed in float32, and not averaged: see `sum_over_processes`.
-    """
-    mesh = init_device_mesh(device.type, (world(),))
-    dtype = getattr(torch, config.dtype)
-    dtypes = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for block in model.layers:
-        fsdp.fully_shard(block, mesh=mesh, mp_policy=dtypes)
-    fsdp.fully_shard(model, mesh=mesh)
-    for module in (*model.layers, model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    fsdp.register_fsdp_forward_method(model, "hidden_states")
-
-
-@contextlib.contextmanager
-def weights_ready(model: Transformer):
-    """Within it a plain model's weights are cast once. From a sharded one, at its end, embedding
-    and lm_head go too, which stay gathered behind `hidden_states` until a backward pass."""
-    if not isinstance(model, fsdp.FSDPModule):
-        with model.cast_weights():
-            yield
-    else:
-        yield
-        model.reshard()
-
-
-# ---------------------------------------------------------------------------------------------
-# The parts of a step.
-
-
-def lr_at(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of update `step` (1 is the first): a function of the step alone."""
-    warmup = config.warmup_steps
-    if step <= warmup:
-        return config.lr * step / warmup
-    progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after warm-up
-    if config.lr_schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * progress)) / 2
-    if config.lr_schedule == "inverse_sqrt":
-        scale = warmup or 10_000  # as in transformers
-        return config.lr * math.sqrt(scale / (scale + step - 1 - warmup))
-    return config.lr * (1 - progress if config.lr_schedule == "linear" else 1)
-
-
-def steps_in_epoch(pairs: list[Pair], config: TrainConfig) -> int:
-    """The last step of an epoch may hold fewer pairs; none is dropped."""
-    return math.ceil(len(pairs) / config.batch_size)
-
-
-def step_pairs(pairs: list, step: int, config: TrainConfig) -> list:
-    """The pairs, or their rows, of update `step`: by (seed, step), so resuming needs no state."""
-    epoch, i = divmod(step - 1, steps_in_epoch(pairs, config))
-    indices = data.order(len(pairs), config.seed, epoch)
-    return [pairs[k] for k in indices[i * config.batch_size :][: config.batch_size]]
-
-
-def micro_batches(pairs: list[Pair], config: TrainConfig, dealt: bool = True) -> list[Batch]:
-    """This process's share of a step's pairs, or all of them where they are not dealt.
-
-    In bfloat16 filled up to multiples of 64: a CPU builds a kernel for every new shape, and the
-    tiles of a GPU have such sizes.
-    """
-    multiple = 64 if config.dtype == "bfloat16" else 1
-    mine = (rank(), world()) if dealt else ()
-    return data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss, multiple, *mine)
-
-
-def forward(model: Transformer, batch: Batch, lam: float, n_pairs: int, device):
-    """The loss of one micro-batch, as its share of a step of n_pairs."""
-    groups = pair_groups(batch.response)  # here, while it is still on the host
-    segments = Segments.packed(batch.lengths, device)
-    b = Batch(batch.lengths, *(to_device(x, device) for x in batch[1:]))
-    hidden = model.hidden_states(b.tokens, b.positions, segments)  # (N, D)
-    hidden, lm_head = model.projection(hidden.index_select(0, b.predict))  # (P, D), (V, D)
-    return fused_linear_orpo(
-        hidden,
-        lm_head,
-        b.targets,
-        b.response,
-        b.nll_weight,
-        lam,
-        n_pairs,
-        b.response_lengths,
-        groups,
-    )
-
-
-def training_step(model: Transformer, optimizer, pairs: list[Pair], config: TrainConfig, device):
-    """One update from these pairs: the outputs of its micro-batches, and the gradient's norm.
-
-    Where the loss or the norm is not finite there is no update, then or later. `found_inf` is the
-    flag by which PyTorch's GradScaler tells a fused AdamW to leave everything as it is; we set it,
-    on the device, so the host waits for nothing. Adam counts the updates that it makes, so `train`
-    can tell the step when it next looks.
-    """
-    outputs = []
-    with weights_ready(model):
-        for batch in micro_batches(pairs, config):
-            output = forward(model, batch, config.lam, len(pairs), device)
-            output.loss.backward()  # a plain sum: every normaliser is the whole step's
-            outputs.append(output)
-    loss = torch.stack([output.loss.detach() for output in outputs]).sum()
-    # FSDP2 has summed its gradients itself, in each backward pass.
-    sum_over_processes([loss] + ([] if config.shard else [p.grad for p in trainable(model)]))
-    clip = config.grad_clip or math.inf
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(trainable(model), clip, foreach=True))
-    optimizer.found_inf = optimizer.found_inf.maximum(~torch.isfinite(loss + grad_norm))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return outputs, grad_norm
-
-
-def not_finite(model, pairs: list[Pair], rows: list, step: int, config: TrainConfig, device) -> str:
-    """What in a step was not finite: its pairs one by one, on the weights that it had."""
-    pairs, rows, found = step_pairs(pairs, step, config), step_pairs(rows, step, config), []
-    for pair, row in zip(pairs, rows, strict=True):
-        (batch,) = micro_batches([pair], config, dealt=False)
-        with weights_ready(model):
-            output = forward(model, batch, config.lam, len(pairs), device)
-            output.loss.backward()
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trainable(model)]))
-        terms = {"L_SFT": output.nll_loss, "L_OR": config.lam * output.odds_ratio_loss.sum()}
-        terms = [k for k, x in terms.items() if not torch.isfinite(x.to(output.loss.dtype))]
-        terms += ["its gradient"] * (not terms and not torch.isfinite(norm))
-        found += [f"{row.where} ({' and '.join(terms)})"] * bool(terms)
-        model.zero_grad(set_to_none=True)
-    where = f"{', '.join(found[:3])}{', ...' * (len(found) > 3)}" or "the sum over all of its rows"
-    return f"step {step}: not finite: {where}; nothing was updated or saved"
-
-
-def metrics_of(outputs: list, lam: float, n_pairs: int) -> dict[str, torch.Tensor]:
-    """A step's metrics, under the names that TRL's users know, still on the device.
-
-    Each is a sum: over the pairs of this process, then over processes.
-    """
-    chosen = torch.cat([o.chosen_logps for o in outputs])
-    rejected = torch.cat([o.rejected_logps for o in outputs])
-    pair_losses = torch.cat([o.odds_ratio_loss for o in outputs])
-    shares = {
-        "loss": torch.stack([o.loss.detach().double() for o in outputs]).sum(),
-        "nll_loss": torch.stack([o.nll_loss for o in outputs]).sum(),
-        "log_odds_ratio": -pair_losses.sum() / n_pairs,  # TRL's name: mean log *sigmoid* of the ...
-        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).sum() / n_pairs,  # ... log odds
-        "rewards/chosen": lam * chosen.sum() / n_pairs,
-        "rewards/rejected": lam * rejected.sum() / n_pairs,
-        "rewards/accuracies": (chosen > rejected).double().sum() / n_pairs,
-        "rewards/margins": lam * (chosen - rejected).sum() / n_pairs,
-        "logps/chosen": chosen.sum() / n_pairs,  # mean over a response's tokens, then over pairs
-        "logps/rejected": rejected.sum() / n_pairs,
-    }
-    sums = torch.stack(list(shares.values()))
-    sum_over_processes([sums])
-    return dict(zip(shares, sums, strict=True))
-
-
-def to_host(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """One device-to-host copy for all of them: a CPU-GPU sync point, and a step has no other."""
-    values = torch.stack([x.double() for x in metrics.values()]).tolist()
-    return dict(zip(metrics, values, strict=True))
-
-
-@torch.no_grad()
-def evaluate(model, pairs: list[Pair], config: TrainConfig, device) -> dict[str, float]:
-    """The metrics over all of an evaluation set, normalised over all of it, as eval_*."""
-    with weights_ready(model):
-        batches = micro_batches(pairs, config)
-        outputs = [forward(model, b, config.lam, len(pairs), device) for b in batches]
-    metrics = to_host(metrics_of(outputs, config.lam, len(pairs)))
-    return {f"eval_{name}": value for name, value in metrics.items()}
-
-
-def answers(model, tokenizer, prompts: list[list[int]], max_new: int, device, **sampling):
-    """The model's answer to each prompt, as text: prompts of one length go together."""
-    texts, end = {}, data.turn_end(tokenizer)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for length, rows in itertools.groupby(by_length, key=lambda i: len(prompts[i])):
-        rows = list(rows)
-        tokens = torch.tensor([prompts[i] for i in rows], device=device)
-        new = max(0, min(max_new, model.config.max_seq_len - length))
-        if new == 0:  # a prompt that fills the context has no answer
-            texts |= dict.fromkeys(rows, "")
-            continue
-        with weights_ready(model):
-            tokens = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
-        for i, ids in zip(rows, tokens[:, length:].tolist(), strict=True):
-            if tokenizer.eos_id in ids:
-                ids = ids[: ids.index(tokenizer.eos_id)]
-            texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
-    return [texts[i] for i in range(len(prompts))]
-
-
-def accepted(model, tokenizer, pairs, rows, seed: int, device) -> dict[str, float]:
-    """Where rows list the answers that they accept: the share of the model's that is among them."""
-    asked = [(p, r) for p, r in zip(pairs, rows, strict=True) if r.accept is not None]
-    if not asked:
-        return {}
-    prompts = [pair.prompt for pair, _ in asked]
-    longest = 2 * max(max(len(p.chosen), len(p.rejected)) for p, _ in asked)
-    shares = {}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        generator = torch.Generator(device).manual_seed(seed)
-        texts = answers(
-            model, tokenizer, prompts, longest, device, temperature=temperature, generator=generator
-        )
-        good = [text in row.accept for text, (_, row) in zip(texts, asked, strict=True)]
-        shares[f"eval_accepted/{name}"] = sum(good) / len(good)
-    return shares
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: a folder a step, written beside, then renamed; the newest complete one wins.
-
-# torch.distributed.checkpoint says so of a single process, each time.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-
-
-def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
-    """Weights, Adam's moments and its count, by name: the tensors themselves, to save or to fill.
-
-    The order of pairs follows from the step. What is frozen is in --model: here only as one number,
-    by which `load_checkpoint` knows it again.
-    """
-    state = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
-    if frozen := [p.detach() for p in model.parameters() if not p.requires_grad]:
-        state["frozen"] = torch.stack([p.double().norm() for p in frozen]).sum()
-    return state
-
-
-def save_checkpoint(out: Path, step: int, model, optimizer, config: TrainConfig):
-    """By all processes together. Raises OSError where it fails; older checkpoints stay then."""
-    folder = out / "checkpoints"
-    temporary, final = folder / "unfinished", folder / f"step-{step:08d}"
-    try:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            settings = json.dumps(dataclasses.asdict(config))
-            (temporary / "config.json").write_text(settings, encoding="utf-8")
-        barrier()
-        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)  # ends everywhere
-        if rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            for old in sorted(folder.glob("step-*"))[: -config.keep]:
-                shutil.rmtree(old)
-    except (OSError, dcp.CheckpointException) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        good = [old.name for old in sorted(folder.glob("step-*"))[-1:]]
-        raise OSError(
-            f"{final}: not written: {reason(error)}; the last good checkpoint is "
-            f"{' '.join(good) or 'none'}; mend that, then go on with --resume"
-        ) from None
-
-
-def load_checkpoint(out: Path, model, optimizer, config: TrainConfig) -> int:
-    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet."""
-    folders = sorted((out / "checkpoints").glob("step-*"), reverse=True)
-    for folder in folders:
-        try:
-            then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            refuse_other_settings(config, then, folder)
-            state = training_state(model, optimizer)
-            frozen = state["frozen"].clone() if "frozen" in state else None
-            dcp.load(state, checkpoint_id=folder)
-            if frozen is not None and not torch.isclose(frozen, state["frozen"], rtol=1e-9):
-                raise ValueError(f"--resume: {config.model} is not the model that {folder} is of")
-            return int(folder.name.removeprefix("step-"))
-        except (OSError, json.JSONDecodeError, dcp.CheckpointException) as error:
-            if rank() == 0:
-                print(f"{folder}: an older one is tried: {reason(error)}", file=sys.stderr)
-    if folders:
-        raise ValueError(f"{out / 'checkpoints'}: none can be read; remove it to start again")
-    print(f"--resume: no checkpoint yet in {out}: from the beginning")
-    return 0
-
-
-def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
-    free = ("resume", "eval_only", "device", "out", "keep", "shard", "micro_batch_tokens")
-    free += ("activation_checkpointing", "compile", "log_every", "save_every")
-    for name, now in dataclasses.asdict(config).items():
-        if name not in free and now != then.get(name, getattr(TrainConfig, name)):
-            raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
-
-
-def reason(error: BaseException) -> str:
-    """What is behind an error of torch.distributed.checkpoint, or another: its first line."""
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    while not isinstance(error, OSError) and error.__context__:
-        error = error.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list that grows when SIGTERM or Ctrl-C comes; the second of a kind kills at once."""
-    seen = []
-
-    def note(number, frame):
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def write_row(out: Path | None, row: dict):
-    """One JSON object a line, flushed at once."""
-    if out is not None and rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-
-
-def read_rows(out: Path) -> list[dict]:
-    """The rows of metrics.jsonl, less a last one that was half written."""
-    file, rows = out / "metrics.jsonl", []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
-
-
-def cut_metrics(out: Path, step: int):
-    """Drops the rows past a checkpoint's step; all of them where there is no checkpoint."""
-    kept = [row for row in read_rows(out) if row["step"] <= step and step > 0]
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "metrics.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, out / "metrics.jsonl")
-
-
-def write_settings(out: Path, config: TrainConfig):
-    """What --config takes to do the same again from any folder."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "out")}
-    for name in ("model", "data", "eval_data", "chat_template"):
-        settings[name] = settings[name] and str(Path(settings[name]).resolve())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------
-# A run.
-
-
-def pick_device(config: TrainConfig) -> torch.device:
-    """Sets config.device and config.dtype where they are left open; joins torchrun's processes.
-
-    Raises ValueError.
-    """
-    wanted = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ValueError(f"--device {wanted}: unknown; use cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
-    several = "WORLD_SIZE" in os.environ  # torchrun says so
-    if config.shard and not several:
-        raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")
-    if device.type == "cuda":
-        if several and device.index is not None:
-            raise ValueError(f"--device {wanted}: torchrun gives each process its own: use cuda")
-        # With its index: a device without one means the current GPU, and set_device refuses it.
-        device = torch.device(
-            "cuda", int(os.environ["LOCAL_RANK"]) if several else device.index or 0
-        )
-        if device.index >= torch.cuda.device_count():
-            n, which = torch.cuda.device_count(), f" (local rank {device.index})" if several else ""
-            raise ValueError(f"--device {wanted}{which}: this machine shows {n} CUDA devices")
-    config.device = str(device)
-    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-    if several and not dist.is_initialized():
-        # Hours, as the others wait while process 0 writes a large model.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device
-
-
-def keep_freed_memory():
-    """On a CPU: no buffer goes back to the system, so that a step does not pay for its pages anew.
-
-    glibc's malloc gives large buffers back at once, and getting them again, page by page, took up
-    to half of a step. Where there is no glibc, nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in (
-            (M_MMAP_MAX, 0),
-            (M_TRIM_THRESHOLD, 2**31 - 1),
-            (M_TOP_PAD, 2**26),
-        ):
-            mallopt(parameter, value)
-
-
-def load_inputs(config: TrainConfig, device):
-    """Model, tokenizer, and the (pairs, rows) to train and to evaluate on; prints what was read."""
-    cut = functools.partial(shard, config=config, device=device) if config.shard else None
-    dtype = getattr(torch, config.dtype if config.lora_rank else "float32")
-    model = Transformer.from_pretrained(config.model, device, dtype, cut)
-    if config.lora_rank:
-        model.add_lora(config.lora_rank, config.lora_alpha, config.seed)
-    model.compute_dtype = getattr(torch, config.dtype)
-    model.activation_checkpointing = config.activation_checkpointing
-    for block in model.layers if config.compile else ():
-        block.compile(dynamic=True)
-    tokenizer = data.load_tokenizer(config.model)
-    if config.chat_template:
-        try:
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{config.chat_template}: {error}") from None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
-            f"the embedding only {model.config.vocab_size} rows"
-        )
-    config.max_length = min(config.max_length, model.config.max_seq_len)
-    trained = sum(p.numel() for p in trainable(model))
-    n = sum(p.numel() for p in model.parameters()) - trained * bool(config.lora_rank)
-    print(f"model    {config.model}: {n:,} parameters, stored as {model.config.dtype}")
-    print(
-        f"         {trained:,} trained, in float32, products in {config.dtype}, on {config.device}"
-    )
-    train_rows = data.load_preferences(config.data) if not config.eval_only else []
-    eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
-    if config.eval_fraction and not config.eval_data:
-        train_rows, eval_rows = data.hold_out(train_rows, config.eval_fraction, config.seed)
-        if not train_rows:
-            raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
-    limits = config.max_length, config.max_prompt_length
-    quiet = rank() > 0 or None  # None: where there is no terminal
-    progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=quiet, leave=False)
-    sets = []
-    for name, rows in (("train", train_rows), ("eval", eval_rows)):
-        file = rows[0].where.rpartition(":")[0] if rows else None
-        if not rows:
-            sets.append(([], []))
-            continue
-        try:
-            pairs, kept, dropped = data.encode_rows(tokenizer, rows, *limits, progress)
-        except ValueError as error:
-            raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
-        mean = [sum(pair.lengths[i] for pair in pairs) / len(pairs) for i in range(3)]
-        forms = " and ".join(dict.fromkeys(row.form for row in rows))
-        print(f"{name:<8} {file}: {forms}\n         {len(pairs)} pairs of {len(rows)}", end="; ")
-        print(f"dropped: {data.describe(dropped)}")
-        print("         mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*mean))
-        sets.append((pairs, kept))
-    if not config.eval_only:
-        print("the first pair, as trained on:")
-        print(data.show(sets[0][0][0], tokenizer, colour=data.use_colour()))
-    return model, tokenizer, *sets
-
-
-def trainable(model: Transformer) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def estimate_memory(
-    model: Transformer, pairs: list[Pair], several: bool, sft_loss="full", shards=1
-) -> int:
-    """Bytes of weights, gradients, moments and activations where a step needs the most.
-
-    pairs: the largest micro-batch. several: a step has other micro-batches too, whose gradients
-    are there while this one's activations are. shards: of how many a process keeps one.
-    Held against PyTorch's count of live tensors by tests/test_train.py and bench/memory.py.
-    """
-    c, lengths = model.config, [pair.lengths for pair in pairs]
-    size = torch.finfo(model.compute_dtype).bits // 8
-    weights = sum(p.nbytes for p in model.parameters())
-    gradients = 4 * sum(p.numel() for p in trainable(model))
-    n = sum(map(sum, lengths))  # packed tokens
-    keys = n + sum(p for p, _, _ in lengths)  # those of a prompt are gathered twice
-    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    # What a block keeps for its backward pass, in values of the compute dtype: two norms (what
-    # they normalise in float32, what they scale, what comes out); queries before and after
-    # rotary, keys before it, keys and values gathered; attention's output; the MLP's wide tensors.
-    norms = (2 if c.parallel is False else 1) * (2 + 4 // size) * c.dim
-    turned = heads + kv if c.rotary_dim else 0
-    wide = c.hidden_dim * (4 if c.gated else 1 if c.activation == "relu" else 2)
-    block = n * (norms + 2 * heads + turned + wide) + 2 * keys * kv
-    if size == 2 and model.device.type == "cpu":  # attention in parts keeps its weights
-        block += c.n_heads * sum((p + m) ** 2 + r * (p + r) for p, m, r in lengths)
-    block *= size
-    # The blocks' weights in the compute dtype; cut up, only of those two blocks that are at work.
-    cast = size * sum(p.numel() for p in model.layers.parameters() if p.element_size() > size)
-    a_block = sum(p.nbytes for p in model.layers[0].parameters())
-    around = weights - a_block * c.n_layers  # embedding and lm_head
-    if shards > 1:
-        cast = around + 2 * a_block * size // 4
-    # lm_head: cast; its gradient and one group's share of it; the group's logits, and those
-    # of a few rows in float32 (orpo._others_softmax)
-    n_predicted = sum(m + r + (p if sft_loss == "full" else 0) for p, m, r in lengths)
-    group = min(n_predicted, 2048) * c.vocab_size  # orpo.pair_groups
-    head = c.vocab_size * c.dim * model.lm_head_weight.requires_grad  # frozen: no gradient
-    lm_head = head * (8 + size % 4) + group * size
-    lm_head += 4 * min(group, 2**20) * (size == 2)
-    kept = c.n_layers * (size * n * c.dim if model.activation_checkpointing else block)
-    # The most is needed in front of the backward pass, by the loss; or, with checkpointing, in its
-    # first block; or at its end, when all gradients are there (and of tied embeddings both parts,
-    # and their sum).
-    one = block + 4 * head if model.activation_checkpointing else 0
-    last = max(block + 4 * head, 12 * head) if c.tie_embeddings else max(block, 4 * head)
-    first, last = kept + max(lm_head, one), last + (a_block + around) * (shards > 1)
-    weights, moments, gradients = (x // shards for x in (weights, 2 * gradients, gradients))
-    return weights + moments + cast + max(first + gradients * several, last + gradients)
-
-
-def claim_folder(config: TrainConfig, replace=False) -> Path | None:
-    """--out as a path, checked: no file, and no other run's folder. Raises ValueError.
-
-    replace: the built-in job's own older run goes, once nothing else is in the way of a new one.
-    """
-    if config.out is None:
-        return None
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; a folder is needed")
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"--out {out}: cannot be made, as {above} is not a folder to write to")
-    if (out / "model").resolve() == Path(config.model).resolve() and not config.eval_only:
-        raise ValueError(f"--out {out}: its model/ would replace --model; name another folder")
-    holds_run = any("loss" in row for row in read_rows(out))
-    if config.eval_only and holds_run:
-        return None  # printed only: that run's rows stay as they are
-    if holds_run and not config.resume:
-        own = Path(config.model).resolve() == (BUILTIN.parent / "base").resolve()
-        if out != BUILTIN_OUT or not own:
-            raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
-        if replace:
-            shutil.rmtree(out)
-    return out
-
-
-def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in trainable(model) if p.dim() >= 2]},
-        {"params": [p for p in trainable(model) if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
-    adamw = torch.optim.AdamW(groups, config.lr, betas, eps=1e-8, weight_decay=decay, fused=True)
-    adamw.found_inf = torch.zeros((), device=model.device)  # see training_step
-    return adamw
-
-
-def plan(model: Transformer, pairs: list[Pair], config: TrainConfig) -> tuple[int, list, bool]:
-    """Prints what the run will do; returns its number of steps, its largest micro-batch, and
-    whether some step has several."""
-    an_epoch = steps_in_epoch(pairs, config)
-    total = config.max_steps or config.epochs * an_epoch
-    steps = [data.deal(step_pairs(pairs, k, config), world()) for k in range(1, total + 1)]
-    loads = [[sum(pair.n_tokens for pair in share) for share in shares] for shares in steps]
-    budget = config.micro_batch_tokens
-    cuts = [data.cut(share, budget) for shares in steps for share in shares]
-    parts = [part for cut in cuts for part in cut]
-    tokens = [sum(pair.n_tokens for pair in part) for part in parts]
-    largest = parts[tokens.index(max(tokens))]
-    several = max(map(len, cuts)) > 1  # not by len(parts): a process may have no pair in a step
-    shards = world() if config.shard else 1
-    memory = estimate_memory(model, largest, several, config.sft_loss, shards)
-    print(
-        f"steps    {total} of {config.batch_size} pairs ({an_epoch} an epoch), "
-        f"{sum(tokens) / total:.0f} tokens a step in {len(parts) / total:.1f} micro-batches, "
-        f"the largest of {max(tokens)}"
-    )
-    if world() > 1:
-        busiest = world() * sum(map(max, loads)) / sum(tokens)
-        print(
-            f"         over {world()} processes, the busiest with {busiest:.2f} of an equal share"
-        )
-    print(
-        f"         lam {config.lam}, SFT over {config.sft_loss}, lr {config.lr} "
-        f"({config.lr_schedule}, {config.warmup_steps} warm-up), seed {config.seed}\n"
-        f"memory   about {gigabytes(memory)} at the most: weights, gradients, moments, activations",
-        flush=True,
-    )
-    return total, largest, several
-
-
-def try_micro_batch(model, optimizer, pairs: list[Pair], several: bool, config, device):
-    """A step without effect, after which Adam has its moments: out of memory comes now or never.
-
-    several: a step has other micro-batches too, whose gradients are there while this one runs.
-    """
-    n = sum(pair.n_tokens for pair in pairs)
-    try:
-        for p in trainable(model):
-            p.grad = torch.zeros_like(p)
-        optimizer.found_inf.fill_(1)
-        optimizer.step()
-        if not several:
-            optimizer.zero_grad(set_to_none=True)
-        with weights_ready(model):
-            for batch in micro_batches(pairs, config, dealt=False):
-                forward(model, batch, config.lam, len(pairs), device).loss.backward()
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"the largest micro-batch, {n} tokens, does not fit {config.device}; "
-            f"lower --micro-batch-tokens ({config.micro_batch_tokens}) or --max-length"
-        ) from None
-    optimizer.found_inf.fill_(0)
-    optimizer.zero_grad(set_to_none=True)
-
-
-def train(config: TrainConfig) -> int:
-    """One run, from the plan that is printed to the model that is saved; its exit status."""
-    device = pick_device(config)
-    out = claim_folder(config)
-    model, tokenizer, (pairs, rows), (eval_pairs, eval_rows) = load_inputs(config, device)
-
-    def evaluation(step: int) -> dict[str, float]:
-        row = {"step": step} | evaluate(model, eval_pairs, config, device)
-        row |= accepted(model, tokenizer, eval_pairs, eval_rows, config.seed + step, device)
-        write_row(out, row)
-        return row
-
-    if config.eval_only:
-        print(json.dumps(evaluation(0)))
-        return 0
-
-    total, largest, several = plan(model, pairs, config)
-    optimizer = make_optimizer(model, config)
-    try_micro_batch(model, optimizer, largest, several, config, device)
-    shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
-    answers_before = answers(model, tokenizer, shown, 64, device)
-    barrier()  # every process has looked into --out
-    if rank() == 0:
-        claim_folder(config, replace=True)
-    first = 1 + (load_checkpoint(out, model, optimizer, config) if config.resume else 0)
-    if rank() == 0:
-        cut_metrics(out, first - 1)
-        write_settings(out, config)
-    if eval_pairs and first == 1:
-        evaluation(0)
-
-    steps, quiet = range(first, total + 1), rank() > 0 or None  # None: where there is no terminal
-    bar = tqdm(steps, initial=first - 1, total=total, unit="step", disable=quiet)
-    clock, n_tokens, flops, peak = time.perf_counter(), 0, 0, peak_flops(config, device)
-    with stop_signals() as stopped:
-        for step in bar:
-            lr = lr_at(step, total, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            members = step_pairs(pairs, step, config)
-            outputs, grad_norm = training_step(model, optimizer, members, config, device)
-            n_tokens += sum(pair.n_tokens for pair in members)
-            flops += step_flops(model, members, config)
-            logs = due(step, config.log_every) or step == total
-            evaluates = bool(eval_pairs) and (due(step, config.eval_every) or step == total)
-            saves = due(step, config.save_every)
-            stop = largest_anywhere(stopped[-1] if stopped else 0)
-            if not (logs or evaluates or saves or stop):
-                continue
-
-            row = metrics_of(outputs, config.lam, len(members)) | {"grad_norm": grad_norm}
-            row = to_host(row | {"updates": optimizer.state[trainable(model)[0]]["step"]})
-            updates = int(row.pop("updates"))
-            if updates < step:  # none since the first that was not finite
-                raise ValueError(not_finite(model, pairs, rows, updates + 1, config, device))
-            if logs:
-                row |= {"learning_rate": lr, "epoch": step / steps_in_epoch(pairs, config)}
-                seconds = time.perf_counter() - clock
-                row |= {"tokens_per_second": n_tokens / seconds, "tflops": flops / seconds / 1e12}
-                if peak:
-                    row["mfu"] = flops / seconds / peak / world()
-                row["peak_memory_gb"] = peak_memory_gb(device)
-                write_row(out, {"step": step} | row)
-                bar.set_postfix_str(
-                    "loss {loss:.3f} acc {rewards/accuracies:.2f} logps {logps/chosen:.2f} / "
-                    "{logps/rejected:.2f} {tokens_per_second:.0f} tok/s".format(**row)
-                    + (f" MFU {row['mfu']:.0%}" if peak else "")
-                )
-                clock, n_tokens, flops = time.perf_counter(), 0, 0
-
-            # Once in a while, with the clock stopped.
-            pause = time.perf_counter()
-            if evaluates:
-                evaluation(step)
-            if saves or stop:
-                save_checkpoint(out, step, model, optimizer, config)
-            if stop and step < total:
-                bar.close()
-                name = signal.Signals(stop).name
-                print(f"{name}: stopped after step {step} of {total}; --resume goes on from there")
-                return 128 + stop  # as a shell counts
-            clock += time.perf_counter() - pause
-
-    if rank() == 0:
-        save_model(model, tokenizer, rows, config, out / "model")
-        print_changes(out, total)
-    elif config.shard:
-        model.save_pretrained(None)
-    answers_after = answers(model, tokenizer, shown, 64, device)
-    for prompt, before, after in zip(shown, answers_before, answers_after, strict=True):
-        print(f"\n{tokenizer.decode(prompt)}\n  before: {before}\n  after:  {after}")
-    print(f"\nwrote {out}/metrics.jsonl and {out}/model, a Hugging Face folder")
-    return 0
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MB"
-
-
-# Dense bfloat16 operations a second by the makers' data sheets, in 1e12; the first name that fits.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
-
-
-def peak_flops(config: TrainConfig, device) -> float | None:
-    """What MFU is a share of; None where the device or the dtype is not in the table."""
-    if device.type != "cuda" or config.dtype != "bfloat16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
-
-
-def step_flops(model: Transformer, pairs: list[Pair], config: TrainConfig) -> int:
-    lengths = [pair.lengths for pair in pairs]
-    n_predicted = sum(c + r + (p - 1 if config.sft_loss == "full" else 0) for p, c, r in lengths)
-    return model.training_flops(lengths, n_predicted)
-
-
-def peak_memory_gb(device) -> float:
-    """GB (2^30) at the most so far: of CUDA's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
-
-
-def save_model(model: Transformer, tokenizer, rows, config: TrainConfig, folder: Path):
-    """The trained model as a Hugging Face folder, in the dtype that the checkpoint had."""
-    if config.lora_rank:
-        model = model.merge_lora(Transformer.from_pretrained(config.model))
-    model.save_pretrained(folder, dtype=getattr(torch, model.config.dtype))
-    for name in TOKENIZER_FILES:
-        if (Path(config.model) / name).is_file():
-            shutil.copyfile(Path(config.model) / name, folder / name)
-    # Trained on messages by a template that did not come along: whoever chats needs it too.
-    foreign = config.chat_template or tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE
-    if foreign and isinstance(rows[0].prompt, list):
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    if not (folder / "generation_config.json").exists():  # where to stop
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-
-
-def print_changes(out: Path, total: int):
-    """The evaluation before and after, side by side, from the rows that were written."""
-    evaluations = {row["step"]: row for row in read_rows(out) if "eval_loss" in row}
-    if 0 in evaluations and total in evaluations:
-        print(f"\n{'held out':<28}{'before':>10}{'after':>10}")
-        for name in evaluations[0]:
-            if name != "step":
-                before, after = evaluations[0][name], evaluations[total][name]
-                print(f"{name:<28}{before:>10.4f}{after:>10.4f}")
 
 
 def main(argv=None):

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Proves the CUDA path on a machine that has one, in a few minutes and with what is installed there:
-#     bash bench/gpu.sh [python]
-# CUDA tests, losses and gradients on the CPU and on CUDA in float32 and bfloat16, a speed table to 6.7B,
-# TRL on the same pairs where it is installed, and the built-in job on the GPU. Keep what it prints in
-# bench/results/ with date and hardware.
+# The CUDA path on a machine that has a card, stage by stage, each at most eight minutes on an H200:
+#     bash bench/gpu.sh check|speed|7b|trl|profile [PYTHON]
+# Keep what it prints in bench/results/, with its head. What each stage does: bench/gpu.py.
 set -u
 cd "$(dirname "$0")/.."
-python=${1:-python3}
+stage=${1:?which stage? check, speed, 7b, trl or profile}
+python=${2:-python3}
 status=0
 date -u +%Y-%m-%d
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
-"$python" -m pytest -q tests/test_cuda.py || status=1
-"$python" bench/gpu.py || status=1
-timeout 150 "$python" bench/gpu_trl.py --steps 5 || echo "TRL: not measured to the end"
-"$python" train.py --out "${OUT:-out}/gpu-builtin-$$" || status=1
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
+"$python" bench/gpu.py "$stage" || status=1
+if [ "$stage" = check ]; then
+  "$python" -m pytest -q tests/test_fake_cuda.py tests/test_cuda.py || status=1
+  "$python" train.py --out "${OUT:-out}/gpu-builtin-$$" || status=1
+fi
 exit $status

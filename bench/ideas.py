@@ -15,6 +15,7 @@ table's bound is the speed-up over (a) that counting operations allows; arXiv 24
 """
 
 import ctypes
+import itertools
 import os
 import statistics
 import sys
@@ -55,21 +56,20 @@ def make_pairs(ratio: str, n: int, seed: int = 0) -> list[data.Pair]:
 
 def layout(pairs: list[data.Pair], padded: bool):
     """Sequences apart: (tokens, positions, segments, row that predicts each response token)."""
-    sequences = [pair.prompt + response for pair in pairs for response in pair[1:]]
+    sequences = [pair.prompt + response for pair in pairs for response in pair[1:3]]
     lengths = [len(s) for s in sequences]
     if padded:  # on the right, where causal attention needs no mask
         longest = max(lengths)
         sequences = [s + [0] * (longest - len(s)) for s in sequences]
         lengths = [longest] * len(sequences)
-    cu = torch.tensor([0, *lengths]).cumsum(0)
+    starts = itertools.accumulate(lengths, initial=0)
     prompts = [len(pair.prompt) for pair in pairs for _ in range(2)]
     responses = [n for pair in pairs for n in pair.lengths[1:]]
-    first = [start + p - 1 for start, p in zip(cu.tolist(), prompts, strict=False)]
+    first = [start + p - 1 for start, p in zip(starts, prompts, strict=False)]
     predict = [torch.arange(f, f + n) for f, n in zip(first, responses, strict=True)]
     tokens = torch.tensor([token for s in sequences for token in s])
     positions = torch.cat([torch.arange(n) for n in lengths])
-    segments = Segments(lengths, lengths, cu.int(), cu.int(), None)
-    return tokens, positions, segments, torch.cat(predict)
+    return tokens, positions, Segments.of(lengths, lengths), torch.cat(predict)
 
 
 def autograd_loss(logps, batch: data.Batch, n_pairs: int):
@@ -83,12 +83,12 @@ def autograd_loss(logps, batch: data.Batch, n_pairs: int):
 def compute(idea: str, model: Transformer, pairs: list[data.Pair]):
     (batch,) = data.micro_batches(pairs, 10**9, "response")
     if idea == "e":
-        return train.forward(model, batch, LAM, len(pairs), torch.device("cpu")).loss
+        return train.forward(model, batch, LAM).loss
     if idea in "ab":
         tokens, positions, segments, predict = layout(pairs, padded=idea == "a")
     else:
         tokens, positions, predict = batch.tokens, batch.positions, batch.predict
-        segments = Segments.packed(batch.lengths)
+        segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index)
     hidden = model.hidden_states(tokens, positions, segments)
     if idea == "d":
         hidden, predict = hidden.index_select(0, predict), torch.arange(len(predict))
@@ -115,9 +115,8 @@ def measure(idea: str, model: Transformer, pairs: list[data.Pair]):
     model.zero_grad(set_to_none=True)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     held, begin = step.memory_gb("VmRSS"), time.perf_counter()
-    with model.cast_weights():
-        loss = compute(idea, model, pairs)
-        loss.backward()
+    loss = compute(idea, model, pairs)
+    loss.backward()
     seconds = time.perf_counter() - begin
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     return seconds, step.memory_gb() - held, loss.item(), norm.item()

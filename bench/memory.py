@@ -1,16 +1,22 @@
-"""Which model fits which card: train.py's estimate beside PyTorch's own count of live tensors.
+"""Memory: which model fits which card, and what loading and saving take.
 
-    python bench/memory.py [--count] [--only NAME]
+    python bench/memory.py count [--only NAME]      the table of README and docs: minutes a row
+    python bench/memory.py load FOLDER              1.1 billion parameters, written to FOLDER first
 
-A row is a model of a published shape, micro-batches of 8,192 tokens in pairs of UltraFeedback's
-mean lengths, two to a step, bfloat16 products and float32 sums, as on a GPU. No memory is needed
-for it: with --count one training step runs on fake tensors, which have a shape and no content,
-while MemTracker adds up what is alive (minutes a row); a process of several is one beside fake
-others. It cannot see what a card holds besides: CUDA's context and the allocator's gaps, 1 to 3 GB,
-of which "fits" allows for 3.
+count: a row is a model of a published shape, in pairs of UltraFeedback's mean lengths, two
+micro-batches a step, bfloat16 products and float32 sums, as on a GPU. No card is needed: one
+training step runs on tensors that have a shape and no content, while PyTorch's MemTracker adds up
+what is alive; a process of several is one beside processes that are not there. It cannot see what
+a card holds besides, CUDA's context and the allocator's gaps, 1 to 3 GB: "fits" allows for 3.
+
+load: peak memory of a process that loads and saves, alone and as one of two (--shard).
 """
 
 import argparse
+import functools
+import os
+import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,17 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import model as model_file
 import train
-from model import FAMILIES, ModelConfig, Transformer
+from checkpoint import FAMILIES
+from model import ModelConfig, Transformer
 
 GB = 2**30
-CARDS = (24, 80, 141)  # GB as sold, 10^9 bytes
+CARDS = {"24 GB": 23.6, "80 GB": 79.1, "141 GB": 139.8}  # as sold, and what CUDA says they have
 LENGTHS = (193, 289, 260)  # UltraFeedback's means: prompt, chosen, rejected
 
 
 def shape(family: str, *sizes, **more) -> ModelConfig:
-    return ModelConfig(
-        *sizes, **FAMILIES[family].fields | {"family": family, "max_seq_len": 2048} | more
-    )
+    values = FAMILIES[family].values | {"family": family, "max_seq_len": 2048}
+    return ModelConfig(*sizes, **values | more)
 
 
 SHAPES = {  # vocabulary, width, layers, heads, MLP width, as in the checkpoints' config.json
@@ -50,116 +56,217 @@ SHAPES = {  # vocabulary, width, layers, heads, MLP width, as in the checkpoints
 
 class Row(NamedTuple):
     name: str
-    checkpointing: bool = False
+    checkpointed: int = 0  # blocks that are computed twice
+    tokens: int = 8192  # --micro-batch-tokens
     lora: int = 0
     gpus: int = 1
 
+    def flags(self) -> str:
+        flags = []
+        if self.checkpointed:
+            n = "" if self.checkpointed >= SHAPES[self.name].n_layers else f" {self.checkpointed}"
+            flags.append("--activation-checkpointing" + n)
+        if self.tokens != 8192:
+            flags.append(f"--micro-batch-tokens {self.tokens}")
+        if self.lora:
+            flags.append(f"--lora-rank {self.lora}")
+        if self.gpus > 1:
+            flags.append("--shard")
+        return " ".join(flags)
 
+
+ALL = 1000
 ROWS = [
     Row("OPT-125M"),
     Row("Qwen2-0.5B"),
-    Row("Qwen2-0.5B", True),
+    Row("Qwen2-0.5B", ALL),
     Row("Phi-2"),
-    Row("Phi-2", True),
-    Row("Phi-2", True, lora=16),
-    Row("Llama-2-7B", True),
-    Row("Mistral-7B", True),
-    Row("Mistral-7B", True, gpus=8),
-    Row("Mistral-7B", True, lora=16),
+    Row("Phi-2", ALL),
+    Row("Phi-2", ALL, lora=16),
+    Row("Llama-2-7B", ALL),
+    Row("Llama-2-7B", 16, 4096),
+    Row("Llama-2-7B", 0, 4096),
+    Row("Mistral-7B", ALL),
+    Row("Mistral-7B", ALL, gpus=8),
+    Row("Mistral-7B", ALL, lora=16),
 ]
 
 
-class FlashFootprint(torch.autograd.Function):
-    """Of attention what a Flash kernel keeps: its inputs, its output, a number a query and head."""
+# ---------------------------------------------------------------------------------------------
+# Counting.
+
+
+class Footprint(torch.autograd.Function):
+    """What a fused GPU kernel keeps: its inputs, its output if asked, a number a row."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+    def forward(ctx, keeps_output, *inputs):
+        out = torch.empty_like(inputs[0])
+        ctx.save_for_backward(*inputs, *([out] if keeps_output else []))
+        ctx.numbers = out.new_empty(out.shape[:-1], dtype=torch.float32)
+        ctx.n = len(inputs)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        return None, *(torch.empty_like(x) for x in ctx.saved_tensors[: ctx.n])
 
 
-def attention(q, k, v, segments, window=None):
-    return FlashFootprint.apply(q, *(x.index_select(0, segments.key_index) for x in (k, v)))
+def stand_in_for_kernels():
+    """Without a CUDA build of PyTorch: attention and norms that take what those on a GPU do."""
+
+    def attention(q, k, v, segments, window=None):
+        copies = segments.key_index, segments.first_copy, segments.last_copy
+        return Footprint.apply(True, q, *(model_file.Gather.apply(x, *copies) for x in (k, v)))
+
+    def norm(self, x):
+        bias = [] if self.bias is None else [self.bias.to(x.dtype)]
+        return Footprint.apply(False, x, self.weight.to(x.dtype), *bias)
+
+    model_file.attention, model_file.Norm.forward = attention, norm
 
 
-def planned(row: Row) -> tuple[Transformer, train.TrainConfig, list[data.Pair]]:
-    config = train.TrainConfig(dtype="bfloat16", sft_loss="full", shard=row.gpus > 1)
-    with torch.device("meta"):
-        model = Transformer(SHAPES[row.name])
-    if row.lora:
-        model.to(torch.bfloat16).add_lora(row.lora, 16.0)
-    model.compute_dtype, model.activation_checkpointing = torch.bfloat16, row.checkpointing
+class Twice:
+    """A step's two equal micro-batches: in the second there are gradients."""
+
+    def __init__(self, batch: data.Batch, tracker: MemTracker):
+        self.batch, self.tracker = batch, tracker
+
+    def __iter__(self):
+        for _ in range(2):
+            self.tracker.reset_mod_stats()  # without it a module is counted once
+            yield self.batch
+
+
+def count(config: ModelConfig, row: Row) -> tuple[int, int]:
+    """Bytes alive at the peak of a step, and those that no micro-batch changes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        stand_in_for_kernels()
+    settings = train.TrainConfig(
+        dtype="bfloat16",
+        sft_loss="full",
+        micro_batch_tokens=row.tokens,
+        shard=row.gpus > 1,
+        lora_rank=row.lora,
+        device=str(device),
+    )
     pair = data.Pair(*([token] * n for token, n in zip((1, 2, 3), LENGTHS, strict=True)))
-    return model, config, [pair] * (config.micro_batch_tokens // pair.n_tokens)
-
-
-def count(row: Row) -> int:
-    """Bytes alive at the peak of a step."""
-    model, config, pairs = planned(row)
-    cpu = torch.device("cpu")
-    (batch,) = train.micro_batches(pairs, config)
-    groups, tracker = train.pair_groups(batch.response), MemTracker()
-
-    def two(*_):
-        for _ in range(2):  # in the second there are gradients
-            tracker.reset_mod_stats()  # it counts a module once else
-            yield batch
-
-    # What looks into numbers is done before: a fake tensor has none.
-    train.micro_batches, train.pair_groups = two, lambda _: groups
-    model_file.attention = attention
+    (batch,) = train.micro_batches([pair] * (row.tokens // pair.n_tokens), settings)
+    for module in (train, model_file):  # tensors without content cannot be pinned
+        module.to_device = lambda x, where: x.to(where or "cpu")
     if row.gpus > 1:
         dist.init_process_group("fake", rank=0, world_size=row.gpus, store=FakeStore())
-        train.shard(model, config, cpu)
+        mesh = train.init_device_mesh(device.type, (row.gpus,))
+        train.init_device_mesh = lambda *_: mesh
     if row.lora:  # the tracker wants to hear of every parameter's gradient, also where is none
         trained = torch.ones((), requires_grad=True)
         for name in ("register_hook", "register_post_accumulate_grad_hook"):
             hook = getattr(torch.Tensor, name)
             hook = lambda p, f, hook=hook: hook(p if p.requires_grad else trained, f)  # noqa: E731
             setattr(torch.Tensor, name, hook)
+        torch.set_default_dtype(torch.bfloat16)
+    tracker = MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device=cpu)
-        optimizer = train.make_optimizer(model, config)
-        train.training_step(model, optimizer, pairs, config, cpu)  # makes the moments
+        with device:
+            model = Transformer(config)
+        torch.set_default_dtype(torch.float32)
+        if row.lora:
+            model.add_lora(row.lora, 16.0)
+        if row.gpus > 1:
+            train.shard(model, settings)
+        model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, row.checkpointed
+        optimizer = train.make_optimizer(model, settings)
+        train.training_step(model, optimizer, [batch], settings)  # makes the moments
         tracker.track_external(model, optimizer)
         with tracker:
-            train.training_step(model, optimizer, pairs, config, cpu)
-    (peak,) = (device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
-    return peak
+            train.training_step(model, optimizer, Twice(batch, tracker), settings)
+    peaks = tracker.get_tracker_snapshot("peak").items()
+    (peak,) = (found["Total"] for where, found in peaks if where.type == device.type)
+    return peak, train.fixed_memory(*train.count_parameters(model), settings)
+
+
+def count_apart(config: ModelConfig, row: Row) -> tuple[int, int]:
+    """In a process of its own, as it leaves its marks on the modules."""
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(count, (config, row))
+
+
+def print_table(only: str | None):
+    print("| model | flags | GPUs | weights, gradients, moments, GB | all, GB | fits a card of |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in ROWS:
+        if only in (None, row.name):
+            peak, fixed = count_apart(SHAPES[row.name], row)
+            fits = [card for card, size in CARDS.items() if peak / GB + 3 < size]
+            print(
+                f"| {row.name} | {row.flags()} | {row.gpus} | {fixed / GB:.1f} | {peak / GB:.1f} "
+                f"| {fits[0] if fits else 'none of these'} |",
+                flush=True,
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading and saving.
+
+LOADED = ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4)
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def load_and_save(folder: Path, dtype: str):
+    """One process, or one of torchrun's, of which each keeps a part of every weight."""
+    several = "WORLD_SIZE" in os.environ
+    config, shard = train.TrainConfig(dtype="bfloat16", device="cpu", shard=several), None
+    if several:
+        train.pick_device(config)
+        shard = functools.partial(train.shard, config=config)
+    before = peak_gb()
+    model = Transformer.from_pretrained(folder / "in", "cpu", getattr(torch, dtype), shard)
+    parameters = [p.to_local() if several else p for p in model.parameters()]
+    size, loaded = sum(p.nbytes for p in parameters) / GB, peak_gb()
+    model.save_pretrained(folder / "out" if train.rank() == 0 else None, dtype=torch.bfloat16)
+    found = [(size, before, loaded, peak_gb())]
+    if several:
+        found = [None] * train.world_size()
+        dist.all_gather_object(found, (size, before, loaded, peak_gb()))
+    for i, (size, before, loaded, saved) in enumerate(found):
+        print(
+            f"{dtype}, process {i + 1} of {len(found)}: holds {size:.2f} GB; peak {before:.2f} GB "
+            f"before, {loaded:.2f} GB loaded, {saved:.2f} GB saved as bfloat16"
+        )
+    sys.stdout.flush()
+    os._exit(0)  # as train.py does, and for its reason
+
+
+def load(folder: Path):
+    with torch.device("meta"):
+        model = Transformer(LOADED)
+    model.to(torch.bfloat16).to_empty(device="cpu").save_pretrained(folder / "in")
+    one, two = [sys.executable], [sys.executable, "-m", "torch.distributed.run"]
+    two += ["--standalone", "--nproc-per-node", "2"]
+    for start, dtype in ((one, "bfloat16"), (one, "float32"), (two, "float32")):
+        command = [*start, __file__, "load", folder, "--dtype", dtype]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", action="store_true", help="run a step on fake tensors, too")
-    parser.add_argument("--only", help="rows of this model alone", choices=SHAPES)
+    commands = parser.add_subparsers(dest="command", required=True)
+    counting = commands.add_parser("count", help="which model fits which card")
+    counting.add_argument("--only", help="rows of this model alone", choices=SHAPES)
+    loading = commands.add_parser("load", help="peak memory of loading and saving")
+    loading.add_argument("folder", type=Path)
+    loading.add_argument("--dtype", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    print("| model | trained | GPUs | estimate, GB | counted, GB | fits a card of |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for row in ROWS:
-        if arguments.only not in (None, row.name):
-            continue
-        model, config, pairs = planned(row)
-        estimate = train.estimate_memory(model, pairs, True, config.sft_loss, row.gpus)
-        # In a process of its own, as it leaves its marks on the modules.
-        counted = "-"
-        if arguments.count:
-            context = torch.multiprocessing.get_context("spawn")
-            with context.Pool(1) as pool:
-                counted = f"{pool.apply(count, (row,)) / GB:.1f}"
-        needed = estimate + 3 * GB
-        fits = [f"{card} GB" for card in CARDS if card * 1e9 > needed]
-        method = f"LoRA, rank {row.lora}" if row.lora else "all"
-        method += ", --activation-checkpointing" * row.checkpointing + ", --shard" * (row.gpus > 1)
-        print(
-            f"| {row.name} | {method} | {row.gpus} | {estimate / GB:.1f} | {counted} "
-            f"| {fits[0] if fits else 'none of these'} |",
-            flush=True,
-        )
+    if arguments.command == "count":
+        print_table(arguments.only)
+    elif arguments.dtype:
+        load_and_save(arguments.folder, arguments.dtype)
+    else:
+        load(arguments.folder)
 
 
 if __name__ == "__main__":

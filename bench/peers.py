@@ -220,7 +220,8 @@ def alternate(
     workers = []
     with tempfile.TemporaryDirectory() as folder:
         pairs_file, model = Path(folder, "pairs.json"), Path(folder, "model")
-        pairs_file.write_text(json.dumps(make_pairs(pair_set, rounds + warmup)))
+        pairs = make_pairs(pair_set, rounds + warmup)
+        pairs_file.write_text(json.dumps([[x.tolist() for x in pair[:3]] for pair in pairs]))
         step.save_random_model(model)
         arguments = ["--model", model, "--pairs", pairs_file, "--batch-size", size]
         arguments = [str(x) for x in (*arguments, "--dtype", dtype, "--threads", threads)]

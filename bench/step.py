@@ -51,7 +51,7 @@ def make_pairs(name: str, n_steps: int, vocab_size: int = SHAPE.vocab_size, seed
     else:
         lengths = np.array([200 + 40 * prompt, 350 + 70 * chosen, 350 + 70 * rejected])
     lengths = lengths.round().astype(int).clip(2).T
-    return [data.Pair(*(rng.integers(3, vocab_size, n).tolist() for n in row)) for row in lengths]
+    return [data.Pair(*(rng.integers(3, vocab_size, n) for n in row)) for row in lengths]
 
 
 def n_predicted(pairs: list[data.Pair]) -> int:
@@ -72,7 +72,7 @@ def padded_flops(model: Transformer, pairs: list[data.Pair]) -> int:
 
 
 def start(folder, dtype: str, steps: list[list[data.Pair]]):
-    """(model, optimizer, config, device) as train.py has them before step 1: the largest step has
+    """(model, optimizer, config) as train.py has them before step 1: the largest step has
     been tried."""
     config = train.TrainConfig(
         lam=LAM, sft_loss="full", lr=LR, grad_clip=1.0, device="cpu", dtype=dtype
@@ -81,10 +81,10 @@ def start(folder, dtype: str, steps: list[list[data.Pair]]):
     model = Transformer.from_pretrained(folder, device=device, dtype=torch.float32)
     model.compute_dtype = getattr(torch, dtype)
     optimizer = train.make_optimizer(model, config)
-    shares = [share for pairs in steps for share in data.deal(pairs, train.world())]
+    shares = [s for pairs in steps for s in data.balance_over_ranks(pairs, train.world_size())]
     largest = max(shares, key=lambda pairs: sum(pair.n_tokens for pair in pairs))
-    train.try_micro_batch(model, optimizer, largest, False, config, device)
-    return model, optimizer, config, device
+    train.dry_run(model, optimizer, train.Plan(len(steps), len(steps), largest, False), config)
+    return model, optimizer, config
 
 
 def save_random_model(folder, shape: ModelConfig = SHAPE, seed: int = 0):
@@ -159,14 +159,16 @@ class Turns:
 def serve(args):
     """Ours. Each step takes the next pairs of the file."""
     turns = Turns()
-    pairs = [data.Pair(*pair) for pair in json.loads(args.pairs.read_text())]
+    pairs = [data.Pair(*map(np.array, pair)) for pair in json.loads(args.pairs.read_text())]
     steps = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
-    model, optimizer, config, device = start(args.model, args.dtype, steps)
+    model, optimizer, config = start(args.model, args.dtype, steps)
     flops, padded = ([f(model, step) for step in steps] for f in (needed_flops, padded_flops))
     turns.ready(flops=flops, padded=padded)
     for step in steps:
         turns.wait()
-        outputs, _ = train.training_step(model, optimizer, step, config, device)
+        outputs, _ = train.training_step(
+            model, optimizer, train.micro_batches(step, config), config
+        )
         turns.done(sum(output.loss.detach() for output in outputs))
     turns.wait()
 
@@ -177,10 +179,10 @@ def measure(args):
     steps = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(folder)
-        model, optimizer, config, device = start(folder, args.dtype, steps)
+        model, optimizer, config = start(folder, args.dtype, steps)
     for step in steps:
         begin = time.perf_counter()
-        train.training_step(model, optimizer, step, config, device)
+        train.training_step(model, optimizer, train.micro_batches(step, config), config)
         seconds = time.perf_counter() - begin
         rate = product_rate(model.compute_dtype)
         tokens = sum(pair.n_tokens for pair in step)
@@ -188,7 +190,7 @@ def measure(args):
     if args.profile:
         with torch.profiler.profile() as profile:
             for step in steps[3:]:
-                train.training_step(model, optimizer, step, config, device)
+                train.training_step(model, optimizer, train.micro_batches(step, config), config)
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
     seconds, speed, share, rate = (statistics.median(c) for c in zip(*rows[3:], strict=True))
     result = {
@@ -199,7 +201,7 @@ def measure(args):
         **{"torch": torch.__version__, "machine": platform.machine()},
     }
     if train.rank() == 0:
-        result["processes"] = train.world()
+        result["processes"] = train.world_size()
         for name, value in result.items():
             print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
         print(json.dumps(result))

@@ -100,11 +100,13 @@ def pack(pairs: list[Pair], chosen_only: bool) -> Batch:
     (batch,) = data.micro_batches(pairs, sys.maxsize, "response")
     if not chosen_only:
         return batch
-    runs = [[True] * (p + c) + [False] * r for p, c, r in batch.lengths]
+    runs = [[True] * (p + c) + [False] * r for p, c, r in (pair.lengths for pair in pairs)]
     token = torch.tensor(list(itertools.chain(*runs)))
     row = batch.response % 2 == 0
     return batch._replace(
-        lengths=[(p, c, 0) for p, c, _ in batch.lengths],
+        q_lens=batch.q_lens[0::2],
+        k_lens=batch.k_lens[0::2],
+        key_index=torch.arange(int(token.sum())),
         tokens=batch.tokens[token],
         positions=batch.positions[token],
         predict=(token.cumsum(0) - 1)[batch.predict[row]],
@@ -114,11 +116,11 @@ def pack(pairs: list[Pair], chosen_only: bool) -> Batch:
 
 
 def logps(model: Transformer, batch: Batch) -> Logps:
-    segments = Segments.packed(batch.lengths)
+    segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index)
     hidden = model.hidden_states(batch.tokens, batch.positions, segments)  # (N, D)
     hidden, lm_head = model.projection(hidden.index_select(0, batch.predict))  # (P, D), (V, D)
     tokens = torch.log_softmax(hidden @ lm_head.t(), -1).gather(1, batch.targets[:, None])  # (P, 1)
-    sums = torch.zeros(2 * len(batch.lengths)).index_add(0, batch.response, tokens.squeeze(1))
+    sums = torch.zeros(len(batch.response_lengths)).index_add(0, batch.response, tokens.squeeze(1))
     lengths = torch.bincount(batch.response, minlength=len(sums))
     means = sums / lengths
     return Logps(sums[0::2], sums[1::2], means[0::2], means[1::2])
@@ -178,7 +180,12 @@ def load(task: Task):
     tokenizer, length = data.load_tokenizer(task.model), model.config.max_seq_len
     files = task.train, task.held_out
     rows = (data.load_preferences(file) for file in files)
-    return model, tokenizer, *(data.encode_rows(tokenizer, r, length, length)[:2] for r in rows)
+    sets = []
+    for some in rows:
+        pairs, _ = data.encode_rows(tokenizer, some, length, length)
+        row_at = {row.where: row for row in some}
+        sets.append((pairs, [row_at[pair.where] for pair in pairs]))
+    return model, tokenizer, *sets
 
 
 def without(pairs: list[Pair], rows: list, every: int = 8):

@@ -23,7 +23,7 @@ def sample(model, tokenizer, pairs: list, k: int, max_new: int, seed: int) -> li
     options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(seed)} if k else {}
     k = max(k, 1)
     prompts = [pair.prompt for pair in pairs for _ in range(k)]
-    texts = train.answers(model, tokenizer, prompts, max_new, model.device, **options)
+    texts = train.answers(model, tokenizer, prompts, max_new, **options)
     return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 
@@ -41,10 +41,9 @@ def embed(base: Transformer, tokenizer, texts: list[str]) -> Tensor:
         ids = [tokenizer.encode(text, continuation=True) for text in texts[start : start + 128]]
         ids = [[tokenizer.bos_id, *x, tokenizer.eos_id] for x in ids]  # EOS: none is empty
         lens = list(map(len, ids))
-        cu = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)
         positions = torch.cat([torch.arange(n) for n in lens])
         tokens = torch.tensor(list(itertools.chain(*ids)))
-        hidden = base.hidden_states(tokens, positions, Segments(lens, lens, cu, cu, None))
+        hidden = base.hidden_states(tokens, positions, Segments.of(lens, lens))
         means += [h[1:].mean(0) for h in hidden.split(lens)]
     return torch.stack(means)
 
@@ -68,7 +67,7 @@ def count_forward(model: Transformer) -> dict[str, int]:
     @functools.wraps(hidden_states)
     def counted(tokens, positions, segments, cache=None):
         counts["tokens"] += len(tokens)
-        counts["responses"] += sum(n > 0 for n in segments.q_lens)
+        counts["responses"] += len(segments.lengths)
         return hidden_states(tokens, positions, segments, cache)
 
     model.hidden_states = counted

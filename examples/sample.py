@@ -33,12 +33,12 @@ def prompt_ids(tokenizer, messages: list[dict], plain: bool) -> list[int]:
     return data.encode_prompt(tokenizer, text)
 
 
-def stream(model, tokenizer, ids: list[int], max_new: int, device, **sampling) -> str:
+def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:
     """Prints an answer as it comes, and returns it."""
-    tokens = torch.tensor([ids], device=device)
+    tokens = torch.tensor([ids], device=model.device)
     new, shown = [], ""
     # decoded behind a fixed token, so that no leading space is taken away
-    head, end = tokenizer.decode(ids[-1:]), data.turn_end(tokenizer)
+    head, end = tokenizer.decode(ids[-1:]), tokenizer.turn_end()
     end_ids = tokenizer.encode(end, continuation=True)
     ends = {tokenizer.eos_id, *(end_ids if len(end_ids) == 1 else [])}
     for token in model.stream(tokens, max_new, **sampling):
@@ -125,10 +125,10 @@ def main():
         sys.exit(2)
     # train.py writes the authors' template into the folder of a model trained on messages with it.
     own = (args.model / "chat_template.jinja").is_file()
-    plain = args.plain or (tokenizer.chat_template == data.AUTHORS_CHAT_TEMPLATE and not own)
+    plain = args.plain or (not tokenizer.has_chat_template and not own)
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
-    options = {"max_new": args.max_new_tokens, "device": args.device, **sampling}
+    options = {"max_new": args.max_new_tokens, **sampling}
     if args.file:
         name = args.name or args.model.resolve().name
         made = answer_file(model, tokenizer, rows, name, plain, **options)

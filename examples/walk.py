@@ -30,13 +30,13 @@ def read(line: int):
         raise ValueError(f"--line must be from 1 to {len(rows)}, not {line}")
     tokenizer = data.load_tokenizer(FACTS / "base")
     model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float64)
-    (pair,), _, _ = data.encode_rows(tokenizer, rows[line - 1 : line], 96, 96)
+    (pair,), _ = data.encode_rows(tokenizer, rows[line - 1 : line], 96, 96)
     return model, tokenizer, pair
 
 
-def token_logps(model: Transformer, prompt: list[int], response: list[int]) -> torch.Tensor:
+def token_logps(model: Transformer, prompt, response) -> torch.Tensor:
     """log p(y_t | x, y_<t) of each token of the response, (m,): no packing, no shared prefix."""
-    tokens = torch.tensor([prompt + response])
+    tokens = torch.tensor([[*prompt, *response]])
     logps = torch.log_softmax(model(tokens)[0, len(prompt) - 1 : -1], dim=-1)  # (m, V)
     return logps.gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
 
@@ -82,15 +82,15 @@ def walk(line: int, lam: float):
     print(f"{d_rejected / r:.4f} if rejected (1/{r})")
 
     (batch,) = data.micro_batches([pair], budget=10**6, sft_loss="response")
-    output = train.forward(model, batch, lam, n_pairs=1, device=torch.device("cpu"))
+    output = train.forward(model, batch, lam)
     output.loss.backward()
     squared = sum((w.grad**2).sum() for w in model.parameters())
     with torch.no_grad():
         for w in model.parameters():
             w -= STEP_SIZE * w.grad
         after = {n: token_logps(model, pair.prompt, getattr(pair, n)).mean() for n in means}
-        again = train.forward(model, batch, lam, n_pairs=1, device=torch.device("cpu")).loss
-    print(f"\ntraining's packed, fused road: L = {output.loss.item():.4f}", end=" ")
+        again = train.forward(model, batch, lam).loss
+    print(f"\ntraining's packed, fused path: L = {output.loss.item():.4f}", end=" ")
     print(f"(apart by {(output.loss - loss).abs().item():.0e}), gradient norm {squared.sqrt():.3f}")
     print(
         f"a step of {STEP_SIZE} along it: L falls by {output.loss.item() - again.item():.4f}",

@@ -26,7 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import orpo
-from model import ModelConfig, Segments, Transformer
+from model import ModelConfig, Transformer
+from tests.layout import packed
 
 LAM = 2.0  # large, so that an error in the odds ratio term cannot hide behind the SFT term
 STEP = 1e-5  # of the differences: truncation of order STEP^2, rounding of order 1e-16 / STEP
@@ -34,7 +35,7 @@ EXACT, DIFFERENCES = 1e-10, 1e-7  # relative tolerances; a wrong formula is off 
 
 
 class Plain(NamedTuple):
-    """Where the plain road ends and the formulas begin; autograd knows how each came about."""
+    """Where the plain path ends and the formulas begin; autograd knows how each came about."""
 
     nll: Tensor  # (), the SFT term
     chosen_logps: Tensor  # (B,), means
@@ -136,7 +137,7 @@ def check(level: Level) -> list[Row]:
     return [
         row("the loss, op by op", EXACT, [loss.detach()], [expected.detach()]),
         row("the paper's -delta * h", EXACT, grads, by_paper),
-        row("autograd through the plain road", EXACT, grads, by_autograd),
+        row("autograd through the plain path", EXACT, grads, by_autograd),
         row("float64 central differences", DIFFERENCES, slopes, by_differences),
     ]
 
@@ -186,7 +187,7 @@ def fused(hidden, lm_head, response, nll_weight, targets) -> Tensor:
     """The code under test, in several groups."""
     rest = (targets, response, nll_weight, LAM, len(LENGTHS))
     return orpo.fused_linear_orpo(
-        hidden, lm_head, *rest, groups=orpo.pair_groups(response, group_tokens=5)
+        hidden, lm_head, *rest, groups=orpo.pair_groups(response, group_rows=5)
     ).loss
 
 
@@ -223,7 +224,7 @@ def lm_head() -> Level:
 
 
 def transformer() -> Level:
-    """Every parameter. The code packs the pairs; the plain road runs each sequence by itself."""
+    """Every parameter. The code packs the pairs; the plain path runs each sequence by itself."""
     config = ModelConfig(
         vocab_size=VOCAB, dim=8, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=12
     )
@@ -244,7 +245,7 @@ def transformer() -> Level:
         rows += range(start + p + c, start + p + c + r - 1)
         targets += run[1:]
     tokens, positions, rows, targets = map(torch.tensor, (tokens, positions, rows, targets))
-    segments = Segments.packed(LENGTHS)
+    segments = packed(LENGTHS)
     response, nll_weight, _ = predicted_rows()
 
     def code():

@@ -19,7 +19,9 @@ import torch
 
 import data
 import train
-from model import ModelConfig, Transformer, read_safetensors, write_safetensors
+from checkpoint import write_safetensors
+from model import ModelConfig, Transformer
+from tests.test_checkpoint import read_safetensors
 
 ROWS = [
     {"prompt": f"The farmer {i}", "chosen": " likes a violin.", "rejected": " repairs 10 clocks."}
@@ -260,7 +262,7 @@ CASES = {  # what: (how it is broken, flags more, words of the complaint)
     "too wide together": (
         config(hidden_size=2**30, num_attention_heads=2**30), [], [CONFIG, "size"],
     ),
-    "activation a list": (config(hidden_act=["silu"]), [], [CONFIG, "activation"]),
+    "activation a list": (config(hidden_act=["silu"]), [], [CONFIG, "hidden_act"]),
     "heads do not divide": (config(num_key_value_heads=3), [], [CONFIG, "3 key/value heads"]),
     "factor NaN": (
         config(rope_scaling={"type": "linear", "factor": float("nan")}), [], [CONFIG, "factor"],

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from bench.gpu import VARIANTS, gradients
-from model import ModelConfig, Segments, Transformer
+from bench.gpu import COMPARED, gradients
+from model import ModelConfig, Transformer
+from tests.layout import packed, plain
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize(("name", "arguments", "bound"), VARIANTS, ids=[v[0] for v in VARIANTS])
+@pytest.mark.parametrize(("name", "arguments", "bound"), COMPARED, ids=[v[0] for v in COMPARED])
 def test_gradients_equal_float64_on_the_cpu(name, arguments, bound):
     if arguments[0] == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -26,17 +27,18 @@ def test_gradients_equal_float64_on_the_cpu(name, arguments, bound):
 def test_a_step_does_not_make_the_host_wait(checkpointing):
     """A whole update, of several micro-batches, queues its work and never synchronises."""
     from bench.gpu import SMALL, random_pairs
-    from train import TrainConfig, make_optimizer, training_step
+    from train import TrainConfig, make_optimizer, micro_batches, training_step
 
     device, config = torch.device("cuda"), TrainConfig(dtype="bfloat16", micro_batch_tokens=64)
     model = Transformer(SMALL).to(device)
-    model.compute_dtype, model.activation_checkpointing = torch.bfloat16, checkpointing
+    model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, 3 * checkpointing
     optimizer = make_optimizer(model, config)
     pairs = random_pairs(6, (9, 9, 9), 100, seed=3)
-    training_step(model, optimizer, pairs, config, device)  # the first call sets kernels up
+    batches = micro_batches(pairs, config)
+    training_step(model, optimizer, batches, config)  # the first call sets kernels up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training_step(model, optimizer, pairs, config, device)
+        training_step(model, optimizer, batches, config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -54,9 +56,8 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once():
     def gradients_of(seed):
         model.zero_grad()
         pairs = random_pairs(6, (20, 30, 25), SMALL.vocab_size, seed)
-        with model.cast_weights():
-            for batch in micro_batches(pairs, config):
-                forward(model, batch, 0.5, len(pairs), device).loss.backward()
+        for batch in micro_batches(pairs, config):
+            forward(model, batch, 0.5).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     expected = [gradients_of(seed) for seed in range(5)]
@@ -94,11 +95,11 @@ def test_packed_equals_separate_with_varlen_attn():
     model = Transformer(config).to("cuda", torch.bfloat16)
     p, c, r = (torch.randint(0, 100, (n,), device="cuda") for n in (5, 7, 4))
     at = torch.arange(12, device="cuda")
-    packed = model.hidden_states(
-        torch.cat((p, c, r)), torch.cat((at, at[5:9])), Segments.packed([(5, 7, 4)], "cuda")
+    together = model.hidden_states(
+        torch.cat((p, c, r)), torch.cat((at, at[5:9])), packed([(5, 7, 4)], "cuda")
     )
-    for tokens, rows in ((torch.cat((p, c)), packed[:12]), (torch.cat((p, r)), packed[12:])):
-        alone = Segments.plain(1, len(tokens), len(tokens), "cuda")
+    for tokens, rows in ((torch.cat((p, c)), together[:12]), (torch.cat((p, r)), together[12:])):
+        alone = plain(1, len(tokens), len(tokens), "cuda")
         states = model.hidden_states(tokens, at[: len(tokens)], alone)[-len(rows) :]
         assert (states - rows).abs().max() < 5e-2
 

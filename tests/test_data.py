@@ -19,15 +19,16 @@ import data
 from data import (
     Pair,
     Preference,
-    cut,
     encode_pair,
     encode_prompt,
     encode_rows,
+    epoch_permutation,
     load_preferences,
     load_tokenizer,
     micro_batches,
-    order,
+    split_by_tokens,
 )
+from tests.layout import tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -241,10 +242,10 @@ def test_each_response_is_cut_by_its_own_length(
         assert wanted in pair
         return
     assert pair.lengths == wanted
-    assert pair.prompt == [1] + [ord("p")] * (prompt - 1)
+    assert tokens(pair)[0] == [1] + [ord("p")] * (prompt - 1)
     for ids, letter, n in ((pair.chosen, "c", chosen), (pair.rejected, "r", rejected)):
         whole = [ord(letter)] * (n - 1) + [2]  # EOS once, and only where nothing was cut
-        assert ids == whole[: len(ids)]
+        assert ids.tolist() == whole[: len(ids)]
 
 
 @pytest.mark.parametrize(
@@ -268,8 +269,8 @@ def test_identical_and_empty_responses_are_dropped(chosen, rejected, max_length,
 def test_drops_are_counted_by_reason():
     texts = [("q", "a", "b"), ("q", "a", "a"), ("q", "", "b"), ("q", "c", "c"), ("q" * 9, "a", "b")]
     rows = [row_of(*text) for text in texts]
-    pairs, kept, dropped = encode_rows(Letters(), rows, 99, 8)
-    assert kept == [rows[0]] and pairs == [Pair([1, 113], [97, 2], [98, 2])]
+    (pair,), dropped = encode_rows(Letters(), rows, 99, 8)
+    assert pair.where == rows[0].where and tokens(pair) == [[1, 113], [97, 2], [98, 2]]
     assert sum(dropped.values()) == 4 and sorted(dropped.values()) == [1, 1, 2]
     with pytest.raises(ValueError, match="no pairs left") as error:
         encode_rows(Letters(), rows[1:], 99, 8)
@@ -281,7 +282,7 @@ def test_a_tokenizer_without_bos_and_eos():
     class Bare(Letters):
         bos_id = eos_id = None
 
-    assert encode_pair(Bare(), row_of("q", "a", "b"), 9, 9) == Pair([113], [97], [98])
+    assert tokens(encode_pair(Bare(), row_of("q", "a", "b"), 9, 9)) == [[113], [97], [98]]
     assert "empty prompt" in encode_pair(Bare(), row_of("", "a", "b"), 9, 9)
 
 
@@ -291,11 +292,11 @@ def test_a_tokenizer_without_bos_and_eos():
 
 def test_order_is_a_permutation_and_a_function_of_seed_and_epoch():
     for n in (1, 2, 50):
-        assert sorted(order(n, 42, 0)) == list(range(n))
-    orders = {(s, e): tuple(order(50, s, e)) for s in (0, 1, 42) for e in (0, 1, 2)}
+        assert sorted(epoch_permutation(n, 42, 0)) == list(range(n))
+    orders = {(s, e): tuple(epoch_permutation(50, s, e)) for s in (0, 1, 42) for e in (0, 1, 2)}
     assert len(set(orders.values())) == 9 and tuple(range(50)) not in orders.values()
     torch.manual_seed(7)  # no other state
-    assert all(tuple(order(50, *key)) == value for key, value in orders.items())
+    assert all(tuple(epoch_permutation(50, *key)) == value for key, value in orders.items())
 
 
 def pairs_of(*lengths):
@@ -319,10 +320,10 @@ SOME = [(3, 2, 3), (1, 3, 1), (10, 5, 5), (2, 2, 2), (1, 1, 1), (1, 1, 1)]  # 8 
     ],
 )
 def test_cut_keeps_the_budget_and_never_splits_a_pair(budget, wanted):
-    parts = cut(pairs_of(*SOME), budget)
+    parts = split_by_tokens(pairs_of(*SOME), budget)
     assert [[sum(pair.lengths) for pair in part] for part in parts] == wanted
     assert [pair for part in parts for pair in part] == pairs_of(*SOME)  # in order, none lost
-    assert cut([], budget) == []
+    assert split_by_tokens([], budget) == []
 
 
 TWO = [Pair([1, 10, 11], [20, 2], [30, 31, 2]), Pair([1], [21, 22, 2], [32])]
@@ -342,7 +343,9 @@ def test_a_micro_batch_by_hand(sft_loss):
     less the first token are 4 + 3 = 7 tokens, so 1/7 each.
     """
     (b,) = micro_batches(TWO, 13, sft_loss)
-    assert b.lengths == [(3, 2, 3), (1, 3, 1)]
+    assert (b.q_lens, b.k_lens) == ([5, 3, 4, 1], [5, 6, 4, 2])
+    assert b.key_index.tolist() == [*range(5), 0, 1, 2, 5, 6, 7, *range(8, 12), 8, 12]
+    assert (b.groups, b.n_pairs) == ([(0, 9 if sft_loss == "response" else 11)], 2)
     assert b.tokens.tolist() == [1, 10, 11, 20, 2, 30, 31, 2, 1, 21, 22, 2, 32]
     assert b.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3, 1]
     assert b.response_lengths.tolist() == [2, 3, 3, 1]
@@ -411,7 +414,7 @@ def test_a_response_is_a_continuation(prompt, response, either_tokenizer):
     ids = t.encode(prompt) + t.encode(response, continuation=True)
     assert t.decode(ids) == prompt + response
     pair = encode_pair(t, row_of(prompt, response, "other"), 999, 999)
-    assert [pair.prompt, pair.chosen] == [
+    assert tokens(pair)[:2] == [
         [t.bos_id, *t.encode(prompt)],
         [*t.encode(response, continuation=True), t.eos_id],
     ]
@@ -432,14 +435,16 @@ def test_real_pairs_decode_to_what_was_read(shared):
     """1100 rows of which 6 are ties, through Llama 2's tokenizer; no special token is lost."""
     t = load_tokenizer(shared / "llama2-tokenizer")
     rows = load_preferences(shared / "politeness-pairs.jsonl")
-    pairs, kept, dropped = encode_rows(t, rows, 512, 256)
+    pairs, dropped = encode_rows(t, rows, 512, 256)
+    row_at = {row.where: row for row in rows}
     assert len(rows) == 1100 and len(pairs) == 1094 and list(dropped.values()) == [6]
     assert "identical" in next(iter(dropped))
-    for pair, r in zip(pairs, kept, strict=True):
-        for ids, text in ((pair.chosen, r.chosen), (pair.rejected, r.rejected)):
-            assert pair.prompt[0] == t.bos_id and ids[-1] == t.eos_id
-            assert Counter(pair.prompt + ids)[t.bos_id] == Counter(ids)[t.eos_id] == 1
-            assert t.decode(pair.prompt[1:] + ids[:-1]) == r.prompt + text
+    for pair in pairs:
+        (prompt, *responses), r = tokens(pair), row_at[pair.where]
+        for ids, text in zip(responses, (r.chosen, r.rejected), strict=True):
+            assert prompt[0] == t.bos_id and ids[-1] == t.eos_id
+            assert Counter(prompt + ids)[t.bos_id] == Counter(ids)[t.eos_id] == 1
+            assert t.decode(prompt[1:] + ids[:-1]) == r.prompt + text
 
 
 def test_collapsing_spaces_do_not_swallow_a_word_boundary(shared):
@@ -587,9 +592,11 @@ def test_the_authors_template_is_the_default(tokenizer):
 def test_messages_end_at_eos_once(tokenizer):
     """The template's newline behind EOS is never generated, so it is not trained on."""
     pair = encode_pair(tokenizer, row_of([Q], [YES], [NO]), 99, 99)
-    assert pair.prompt == [1, *tokenizer.encode("<|user|>\nq</s>\n<|assistant|>\n")]
-    assert pair.chosen == [*tokenizer.encode("yes", continuation=True), 2]
-    assert pair.rejected == [*tokenizer.encode("no", continuation=True), 2]
+    assert tokens(pair) == [
+        [1, *tokenizer.encode("<|user|>\nq</s>\n<|assistant|>\n")],
+        [*tokenizer.encode("yes", continuation=True), 2],
+        [*tokenizer.encode("no", continuation=True), 2],
+    ]
     assert encode_pair(tokenizer, row_of([Q], [assistant("")], [NO]), 99, 99).startswith("empty")
 
 
@@ -598,9 +605,9 @@ def test_bos_and_eos_are_there_once_whether_or_not_a_template_writes_them(make_t
     pairs = []
     for template in (loop, "{{ bos_token }}" + loop):
         t = make_tokenizer(chat_template=template, legacy=True)
-        pairs.append(encode_pair(t, row_of([Q], [YES], [NO]), 99, 99))
+        pairs.append(tokens(encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)))
         text = t.encode("[q]"), t.encode("[yes]", continuation=True)
-        assert pairs[-1] == Pair([1, *text[0]], [*text[1], 2], pairs[-1].rejected)
+        assert pairs[-1][:2] == [[1, *text[0]], [*text[1], 2]]
     assert pairs[0] == pairs[1]
     t = make_tokenizer(chat_template=loop + "{{ eos_token }}")
     with pytest.raises(ValueError, match=r"^rows\.jsonl:7: .*changes the prompt"):
@@ -715,7 +722,7 @@ def test_shown_tokens_are_the_text(tokenizer):
     pair = encode_pair(tokenizer, row_of("The teacher:", " a\nviolin", "10"), 99, 99)
     plain, coloured = (data.show(pair, tokenizer, colour=c) for c in (False, True))
     lines = plain.splitlines()
-    for count, name, n in zip(lines[0::2], Pair._fields, pair.lengths, strict=True):
+    for count, name, n in zip(lines[0::2], Pair._fields[:3], pair.lengths, strict=True):
         assert count.startswith(f"{name}: {n} tokens")
     texts = [line.strip().replace("·", "") for line in lines[1::2]]
     assert texts == ["<s> The teacher:", "a\\nviolin</s>", "10</s>"]
@@ -735,7 +742,7 @@ def test_data_py_shows_three_pairs_and_the_counts(tiny_tokenizer, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", *rows, row(), row(chosen="b"))
     done = run(file, "--model", tiny_tokenizer)
     assert done.returncode == 0 and done.stderr == ""
-    for name in Pair._fields:
+    for name in Pair._fields[:3]:
         assert done.stdout.count(f"\n{name}: ") + done.stdout.startswith(f"{name}: ") == 3
     assert "5 pairs of 6 rows" in done.stdout and "1 identical" in done.stdout
     assert "\x1b" not in done.stdout  # no colours into a file

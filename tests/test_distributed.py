@@ -52,11 +52,11 @@ def random_pairs(n: int, seed: int) -> list[data.Pair]:
     return [data.Pair(*([1] * k for k in row)) for row in rng.integers(2, 90, (n, 3)).tolist()]
 
 
-def test_every_pair_is_dealt_once_and_the_shares_are_even_in_tokens():
+def test_every_pair_has_one_rank_and_the_shares_are_even_in_tokens():
     for n in (1, 2, 3, 5, 17, 64):
         for world in (1, 2, 3, 8):
             pairs = random_pairs(n, seed=n)
-            shares = data.deal(pairs, world)
+            shares = data.balance_over_ranks(pairs, world)
             assert len(shares) == world
             dealt = sorted(id(pair) for share in shares for pair in share)
             assert dealt == sorted(map(id, pairs))
@@ -64,7 +64,7 @@ def test_every_pair_is_dealt_once_and_the_shares_are_even_in_tokens():
             # Whoever has the most got his last, smallest pair when he had the least.
             assert max(tokens) - min(tokens) <= max(pair.n_tokens for pair in pairs)
             assert n < 64 or max(tokens) < 1.02 * sum(tokens) / world
-    assert data.deal(pairs, 1) == [pairs]  # in their order
+    assert data.balance_over_ranks(pairs, 1) == [pairs]  # in their order
 
 
 @pytest.mark.parametrize("sft_loss", ["response", "full"])
@@ -80,25 +80,28 @@ def test_the_shares_hold_the_weights_of_the_whole_step_in_equal_numbers_of_micro
 
 @pytest.mark.parametrize(("budget", "expected"), [(100, True), (120, False)])
 def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_processes_idle(
-    budget, expected, monkeypatch
+    budget, expected, monkeypatch, tiny_tokenizer
 ):
     """Ten pairs of 60 tokens by nine, over eight processes: one has two of them, later seven none,
     so there are fewer micro-batches than processes and steps."""
-    monkeypatch.setattr(train, "world", lambda: 8)
-    config = train.TrainConfig(batch_size=9, micro_batch_tokens=budget, dtype="float32")
+    monkeypatch.setattr(train, "world_size", lambda: 8)
+    config = train.TrainConfig(
+        model="m", out=".", batch_size=9, micro_batch_tokens=budget, dtype="float32"
+    )
     model = Transformer(ModelConfig(10, 8, 1, 1, 8))
     model.compute_dtype = torch.float32
-    total, largest, several = train.plan(
-        model, [data.Pair([1] * 20, [1] * 20, [1] * 20)] * 10, config
-    )
-    assert (total, len(largest), several) == (2, 1 if expected else 2, expected)
+    pairs = train.PairSet([data.Pair([1] * 20, [1] * 20, [1] * 20)] * 10)
+    tokenizer = data.load_tokenizer(tiny_tokenizer)
+    plan = train.make_plan(model, tokenizer, pairs, train.PairSet([]), config)
+    expected = 2, 1 if expected else 2, expected
+    assert (plan.n_steps, len(plan.largest), plan.several) == expected
 
 
 def test_an_empty_micro_batch_adds_zeros():
     torch.manual_seed(0)
     model = Transformer(ModelConfig(100, 16, 2, 2, 24, tie_embeddings=True))
     batches = data.micro_batches(random_pairs(1, seed=1), 300, "full", 1, 1, 2)
-    output = train.forward(model, batches[0], 0.5, 1, torch.device("cpu"))
+    output = train.forward(model, batches[0], 0.5)
     output.loss.backward()
     assert output.loss == 0 and len(output.chosen_logps) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -176,9 +179,9 @@ LOAD_AND_SAVE = """
 import functools, os, sys, torch, train
 source, out = sys.argv[1:]
 config = train.TrainConfig(shard=True, device="cpu")
-device = train.pick_device(config)
-cut = functools.partial(train.shard, config=config, device=device)
-model = train.Transformer.from_pretrained(source, device, torch.float32, cut)
+train.pick_device(config)
+shard = functools.partial(train.shard, config=config)
+model = train.Transformer.from_pretrained(source, config.device, torch.float32, shard)
 assert all(2 * p.to_local().numel() < 1.1 * p.numel() for p in model.parameters() if p.dim() == 2)
 model.save_pretrained(out if train.rank() == 0 else None, shard_bytes=30_000)
 os._exit(0)
@@ -186,7 +189,7 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_model_that_is_cut_up_is_saved_as_it_was_loaded(tmp_path):
+def test_a_sharded_model_is_saved_as_it_was_loaded(tmp_path):
     """GPT-2 has its matrices the other way round, and those of q, k and v in one."""
     torch.manual_seed(0)
     gpt = {"layer_norm": True, "qkv_bias": True, "bias": True, "gated": False, "position_offset": 0}

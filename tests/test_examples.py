@@ -165,7 +165,7 @@ def test_orpo_is_train_pys_and_the_chosen_branch_alone_is_sfts(base_and_pairs):
         ours.backward()
         grads = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
-        theirs = train.forward(model, compare.pack(pairs, False), lam, len(pairs), model.device)
+        theirs = train.forward(model, compare.pack(pairs, False), lam)
         theirs.loss.backward()
         torch.testing.assert_close(ours, theirs.loss, rtol=1e-5, atol=1e-6)
         for p, grad in zip(model.parameters(), grads, strict=True):
@@ -183,7 +183,7 @@ def test_logps_are_those_of_each_sequence_alone(base_and_pairs):
             pairs, getattr(found, f"{side}_sum"), getattr(found, side), strict=True
         ):
             response = getattr(pair, side)
-            tokens = torch.tensor([pair.prompt + response])
+            tokens = torch.tensor([[*pair.prompt, *response]])
             mask = torch.arange(1, tokens.shape[1])[None] >= len(pair.prompt)
             alone = orpo.response_logps(model(tokens[:, :-1]), tokens[:, 1:], mask)
             assert mean.item() == pytest.approx(alone.item(), abs=1e-5)

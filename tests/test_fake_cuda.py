@@ -8,11 +8,22 @@ computes nothing will do. tests/test_cuda.py holds the numbers, on a real card.
 import os
 import socket
 
+# Not expandable ones, which a pretended driver does not have. Before CUDA is first used.
+os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
+import data
+import model as model_file
 import train
+from model import ModelConfig, Segments, Transformer
 from train import TrainConfig
 
 pytestmark = pytest.mark.skipif(
@@ -77,3 +88,281 @@ def test_a_card_that_is_not_there_is_refused(torchrun, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ValueError, match=f"--device cuda:{n}: this machine shows {n} CUDA"):
         train.pick_device(TrainConfig(device=f"cuda:{n}"))
+
+
+# ---------------------------------------------------------------------------------------------
+# A training step.
+
+CUDA = torch.device("cuda", 0)
+SMALL = ModelConfig(1000, 256, 3, 8, 512, n_kv_heads=2, head_dim=64, max_seq_len=512)
+VARLEN, VARLEN_BACKWARD = "torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations within it by name, and keeps the strides of products into a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.strides = {}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        self.n[name] = self.n.get(name, 0) + 1
+        if function is torch.ops.aten.mm.out:
+            self.strides.append(kwargs["out"].stride())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """FakeTensorMode. It has no pinned memory, so copies to the device are plain ones."""
+    for module in (train, model_file):
+        monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def some_pairs(*lengths) -> list[data.Pair]:
+    return [data.Pair([1] * p, [2] * c, [3] * r) for p, c, r in lengths]
+
+
+PAIRS = some_pairs((20, 30, 25), (7, 40, 3), (33, 1, 60), (20, 30, 25), (5, 5, 5))
+
+
+def make_model(shape: ModelConfig, config: TrainConfig, device=CUDA) -> Transformer:
+    frozen = torch.bfloat16 if config.lora_rank and config.dtype == "bfloat16" else torch.float32
+    torch.set_default_dtype(frozen)
+    try:
+        with torch.device(device):
+            model = Transformer(shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if config.lora_rank:
+        model.add_lora(config.lora_rank, 16.0)
+    model.compute_dtype = getattr(torch, config.dtype)
+    n = config.activation_checkpointing
+    model.checkpointed_blocks = shape.n_layers if n is True else int(n)
+    return model
+
+
+def step(fake, shape: ModelConfig = SMALL, **settings) -> Calls:
+    """A whole update on the device: what it called. It raises where the host waits for a number."""
+    config = TrainConfig(**{"dtype": "bfloat16", "micro_batch_tokens": 150} | settings)
+    batches = train.micro_batches(PAIRS, config)
+    assert len(batches) > 1
+    with fake, Calls() as calls:
+        model = make_model(shape, config)
+        optimizer = train.make_optimizer(model, config)
+        outputs, norm = train.training_step(model, optimizer, batches, config)
+        metrics = train.metrics_of(outputs, config.lam, len(PAIRS)) | {"norm": norm}
+        metrics["updates"] = train.n_updates(optimizer, model)
+        assert {x.device for x in metrics.values()} == {CUDA}
+        for state in optimizer.state.values():
+            assert {x.device for x in state.values()} == {CUDA}
+            assert state["exp_avg"].dtype == torch.float32
+    calls.n_batches = len(batches)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"sft_loss": "full"}, {"lora_rank": 4}, {"grad_clip": 0.0}, {"weight_decay": 0.1}],
+    ids=str,
+)
+def test_a_bfloat16_step_runs_flash_attention_and_waits_for_nothing(fake, settings):
+    calls = step(fake, **settings)
+    assert calls.n[VARLEN] == calls.n[VARLEN_BACKWARD] == 3 * calls.n_batches
+
+
+@pytest.mark.parametrize(("given", "twice"), [(True, 3), (1, 1), (2, 2)])
+def test_checkpointed_blocks_run_twice(fake, given, twice):
+    calls = step(fake, activation_checkpointing=given)
+    assert calls.n[VARLEN] == (3 + twice) * calls.n_batches
+    assert calls.n[VARLEN_BACKWARD] == 3 * calls.n_batches
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}, {"activation_checkpointing": True}])
+def test_a_float32_step_goes_the_other_path(fake, settings):
+    assert VARLEN not in step(fake, dtype="float32", **settings).n
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_a_head_size_that_flash_attention_refuses_goes_the_other_path(fake, head_dim):
+    shape = ModelConfig(1000, 64, 2, 4, 96, head_dim=head_dim)
+    assert VARLEN not in step(fake, shape).n
+
+
+def test_windows_and_norms_of_heads(fake):
+    shape = ModelConfig(1000, 64, 2, 4, 96, windows=[16, None], qk_norm=True, qkv_bias=True)
+    assert step(fake, shape).n[VARLEN] > 0
+
+
+def test_norms_and_the_gathering_of_keys_are_the_cheap_kernels(fake):
+    calls = step(fake)
+    assert calls.n["aten::_fused_rms_norm"] == (2 * 3 + 1) * calls.n_batches
+    assert "aten::rsqrt" not in calls.n
+    # Adding with atomics: the embedding is a kernel of its own, what is left are the predictions.
+    assert calls.n["aten::index_add"] == calls.n_batches
+
+
+GPT = checkpoint.GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0}
+PHI = checkpoint.FAMILIES["phi"].values | {"family": "phi"}
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "values", "stride"), [(50257, GPT, 50264), (1001, PHI, 1008), (1000, {}, 1000)]
+)
+def test_the_rows_of_logits_are_aligned(fake, vocab_size, values, stride):
+    """GPT-2's vocabulary, Phi's lm_head with a bias, and one that is aligned by itself."""
+    calls = step(fake, ModelConfig(vocab_size, 64, 2, 4, 96, **values))
+    assert set(calls.strides) == {(stride, 1)}
+
+
+def test_waiting_for_a_number_would_be_seen(fake):
+    """What the other tests rest on."""
+    with fake, pytest.raises(DataDependentOutputException):
+        torch.ones(3, device=CUDA).sum().item()
+
+
+# ---------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_a_block_is_one_graph_and_is_compiled_once(fake, checkpointed):
+    """Without a code generator, which would need a real card. All layers share the one graph."""
+    config = TrainConfig(dtype="bfloat16", activation_checkpointing=checkpointed)
+    compiler = CompileCounterWithBackend("aot_eager")
+    steps = [some_pairs((20 + i, 30, 25), (7, 40 + i, 3 * i + 3)) for i in range(4)]
+    batches = [train.micro_batches(pairs, config)[0] for pairs in steps]
+    torch._dynamo.reset()
+    try:
+        with fake:
+            model = make_model(SMALL, config)
+            for block in model.layers:
+                block.compile(dynamic=True, fullgraph=True, backend=compiler)
+            for i, batch in enumerate(batches):
+                torch._dynamo.config.error_on_recompile = i > 0
+                train.forward(model, batch, 0.1).loss.backward()
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+        torch._dynamo.reset()
+    (graph,) = (
+        g.graph for g in compiler.graphs if list(g.graph.nodes)
+    )  # a retry leaves an empty one
+    inputs = {n.name: n.meta["example_value"] for n in graph.nodes if n.op == "placeholder"}
+    shapes = [x.shape for name, x in inputs.items() if name.endswith("_parameters_weight_")]
+    assert len(shapes) == 9 and all(isinstance(n, int) for shape in shapes for n in shape)
+    assert not isinstance(inputs["l_x_"].shape[0], int)  # of the tokens alone the number is open
+
+
+# ---------------------------------------------------------------------------------------------
+# What else runs on the device.
+
+
+def test_one_of_eight_processes_keeps_a_part_of_every_weight(monkeypatch):
+    """FSDP2 beside seven processes that are not there."""
+    for module in (train, model_file):
+        monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        config = TrainConfig(
+            dtype="bfloat16", device="cuda:0", shard=True, activation_checkpointing=1
+        )
+        batches = train.micro_batches(PAIRS * 8, config)
+        mesh = train.init_device_mesh("cuda", (8,))
+        monkeypatch.setattr(train, "init_device_mesh", lambda *_: mesh)
+        with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
+            model = make_model(SMALL, config)
+            train.shard(model, config)
+            optimizer = train.make_optimizer(model, config)
+            outputs, norm = train.training_step(model, optimizer, batches, config)
+            train.metrics_of(outputs, config.lam, len(PAIRS))
+            for p in model.parameters():
+                assert p.to_local().numel() <= -(-p.shape[0] // 8) * p.numel() // p.shape[0]
+            with torch.no_grad():
+                train.forward(model, batches[0], 0.1)
+                train.reshard(model)
+        assert norm.device == CUDA and calls.n[VARLEN] > 3 * len(batches)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluation_waits_once_at_its_end(fake, monkeypatch, dtype):
+    class Copy:
+        def __init__(self, numbers):
+            self.numbers = numbers
+
+        def read(self):
+            return {name: x.device for name, x in self.numbers.items()}
+
+    monkeypatch.setattr(train, "HostCopy", Copy)
+    config = TrainConfig(dtype=dtype, micro_batch_tokens=150)
+    batches = train.micro_batches(PAIRS, config)  # these read numbers, so they are made before
+    monkeypatch.setattr(train, "micro_batches", lambda *_: batches)
+    with fake:
+        row = train.evaluate(make_model(SMALL, config), PAIRS, config)
+    assert set(row.values()) == {CUDA} and "eval_logps/chosen" in row
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "top_k": 5}, {"temperature": 0.7, "top_p": 0.9}], ids=str
+)
+def test_generation_with_a_cache(fake, dtype, sampling):
+    with fake, Calls() as calls:
+        model = make_model(SMALL, TrainConfig(dtype=dtype)).eval()
+        tokens = torch.zeros(3, 7, dtype=torch.int64, device=CUDA)
+        out = model.generate(tokens, 5, **sampling)
+    assert out.shape == (3, 12) and out.device == CUDA
+    assert calls.n.get(VARLEN, 0) == (15 if dtype == "bfloat16" else 0)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_loading_and_saving(fake, tmp_path, monkeypatch, dtype):
+    Transformer(SMALL).save_pretrained(tmp_path / "in", torch.float16)
+
+    def raw_bytes(tensor):
+        assert tensor.device.type == "cpu" and tensor.dtype == torch.float16
+        return bytes(tensor.nbytes)
+
+    monkeypatch.setattr(checkpoint, "_raw_bytes", raw_bytes)
+    with fake:
+        model = Transformer.from_pretrained(tmp_path / "in", CUDA, dtype)
+        assert {p.device for p in model.parameters()} == {CUDA}
+        assert {p.dtype for p in model.parameters()} == {dtype or torch.float16}
+        model.save_pretrained(tmp_path / "out", torch.float16)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("in", "out")]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"n_kv_heads": 8}, GPT, PHI], ids=["gqa", "mha", "gpt", "phi"]
+)
+def test_what_a_block_keeps_is_what_the_plan_says(fake, values):
+    """Within a few percent: logsumexps of attention, and means and deviations of norms are not
+    counted."""
+    shape = ModelConfig(1000, 256, 1, 8, 1024, **({"n_kv_heads": 2} | values))
+    config, kept = TrainConfig(dtype="bfloat16"), {}
+    (batch,) = train.micro_batches(PAIRS, config)
+
+    def note(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
+        return x
+
+    with fake:
+        model = make_model(shape, config)
+        batch = data.Batch(*(x.to(CUDA) if torch.is_tensor(x) else x for x in batch))
+        segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index, CUDA)
+        rotation = model_file.rotary(batch.positions, shape)
+        x = torch.randn(len(batch.tokens), shape.dim, dtype=torch.bfloat16, device=CUDA)
+        shared = {
+            t.untyped_storage()._cdata for t in (*rotation, *segments[3:], *model.parameters())
+        }
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            model.layers[0](x.requires_grad_(), *rotation, segments)
+        weights = 2 * sum(p.numel() for p in model.layers.parameters())  # in bfloat16
+        estimate, entrance = train.block_memory(model, PAIRS)
+    total = sum(n for key, (n, _) in kept.items() if key not in shared) - weights
+    assert entrance * len(batch.tokens) == x.nbytes * sum(pair.n_tokens for pair in PAIRS)
+    assert estimate == pytest.approx(total, rel=0.15)

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-from model import FAMILIES, ModelConfig, Transformer, read_safetensors, write_safetensors
+import tokenizer
+from checkpoint import FAMILIES, write_safetensors
+from model import ModelConfig, Transformer
+from tests.test_checkpoint import read_safetensors
 from tests.test_tokenizers import METASPACE, byte_level, llama2
 
 
@@ -205,7 +208,7 @@ LEVEL = byte_level(
     ["a b", "ab c", "Ġ a"], added=[{"content": "</s>"}, {"content": "<s>", "special": True}]
 )
 QWEN2 = [
-    {"type": "Split", "pattern": {"Regex": data._QWEN2_WORDS}, "behavior": "Isolated"},
+    {"type": "Split", "pattern": {"Regex": tokenizer.QWEN2_WORDS}, "behavior": "Isolated"},
     LEVEL["pre_tokenizer"] | {"use_regex": False},
 ]
 KINDS = {  # JSON where it is no bytes

@@ -15,7 +15,7 @@ import orpo
 LOSS, PAPER, AUTOGRAD, DIFFERENCES = (
     "the loss, op by op",
     "the paper's -delta * h",
-    "autograd through the plain road",
+    "autograd through the plain path",
     "float64 central differences",
 )
 

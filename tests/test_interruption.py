@@ -271,7 +271,7 @@ def test_no_update_is_made_from_a_gradient_that_is_not_finite_nor_after_it():
 
     def changed(pairs) -> bool:
         before = [x.clone() for x in train.training_state(model, optimizer).values()]
-        train.training_step(model, optimizer, pairs, config, torch.device("cpu"))
+        train.training_step(model, optimizer, train.micro_batches(pairs, config), config)
         after = train.training_state(model, optimizer).values()
         return not all(map(torch.equal, before, after))
 

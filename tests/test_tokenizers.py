@@ -8,15 +8,14 @@ import time
 
 import pytest
 
-from data import (
-    _CHARACTER_OF,
-    _GPT2_WORDS,
-    _LLAMA3_WORDS,
-    _QWEN2_WORDS,
-    _cut,
-    _merge,
-    encode_prompt,
-    load_tokenizer,
+from data import encode_prompt, load_tokenizer
+from tokenizer import (
+    CHARACTER_OF_BYTE,
+    GPT2_WORDS,
+    LLAMA3_WORDS,
+    QWEN2_WORDS,
+    merge_symbols,
+    split_words,
 )
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -42,7 +41,7 @@ LLAMA2 = {
 
 def byte_level(merges=(), added=(), **more) -> dict:
     """A tokenizer.json: 256 bytes, then a token a merge, then the added ones."""
-    vocab = {c: byte for byte, c in _CHARACTER_OF.items()}
+    vocab = {c: byte for byte, c in CHARACTER_OF_BYTE.items()}
     for merge in merges:
         vocab["".join(merge.split() if isinstance(merge, str) else merge)] = len(vocab)
     added = [{"id": len(vocab) + i} | token for i, token in enumerate(added)]
@@ -134,42 +133,42 @@ def test_cutting_at_spaces_does_not_change_merges(merges, make, tmp_path):
     text = "the the"
     vocab = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
-    wanted = _merge(list("▁the▁the"), ranks)
+    wanted = merge_symbols(list("▁the▁the"), ranks)
     assert t.encode(text) == [vocab[piece] for piece in wanted]
     assert ("e▁" in wanted) == ("e ▁" in merges)
 
 
 def test_the_pair_of_lowest_rank_then_the_leftmost():
     ranks = {("a", "a"): 1, ("aa", "a"): 2, ("a", "b"): 0}
-    assert _merge(list("aaaab"), ranks) == ["aaa", "ab"]
-    assert _merge(list("aaaaa"), ranks) == ["aa", "aaa"]
-    assert _merge([], ranks) == [] and _merge(["a"], ranks) == ["a"]
+    assert merge_symbols(list("aaaab"), ranks) == ["aaa", "ab"]
+    assert merge_symbols(list("aaaaa"), ranks) == ["aa", "aaa"]
+    assert merge_symbols([], ranks) == [] and merge_symbols(["a"], ranks) == ["a"]
 
 
 def test_a_page_without_a_space_is_not_slow():
     ranks = {("a" * 2**k, "a" * 2**k): k for k in range(5)}
     start = time.process_time()
-    assert _merge(["a"] * 100_000, ranks) == ["a" * 32] * 3125
+    assert merge_symbols(["a"] * 100_000, ranks) == ["a" * 32] * 3125
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("published", [_GPT2_WORDS, _QWEN2_WORDS, _LLAMA3_WORDS])
+@pytest.mark.parametrize("published", [GPT2_WORDS, QWEN2_WORDS, LLAMA3_WORDS])
 def test_words_join_to_the_text(published):
     text = "I'm here    x's 12345'S\n\n a.\n\n \x1c½٣ 日本\u2028\u017f'\u017f"
-    assert "".join(_cut(text, published)) == text and _cut("", published) == []
+    assert "".join(split_words(text, published)) == text and split_words("", published) == []
 
 
 def test_words_by_hand():
     text = "I'M  12345 x!\n\n  y"
-    assert _cut(text, _GPT2_WORDS) == ["I", "'", "M", " ", " 12345", " x", "!", "\n\n ", " y"]
+    assert split_words(text, GPT2_WORDS) == ["I", "'", "M", " ", " 12345", " x", "!", "\n\n ", " y"]
     numbers = [["1", "2", "3", "4", "5"], ["123", "45"]]
-    for published, digits in zip((_QWEN2_WORDS, _LLAMA3_WORDS), numbers, strict=True):
+    for published, digits in zip((QWEN2_WORDS, LLAMA3_WORDS), numbers, strict=True):
         words = ["I", "'M", " ", " ", *digits, " x", "!\n\n", " ", " y"]
-        assert _cut(text, published) == words
-        assert _cut("a'\u017f٣٤", published)[:2] == ["a", "'\u017f"]  # a long s is an S too
+        assert split_words(text, published) == words
+        assert split_words("a'\u017f٣٤", published)[:2] == ["a", "'\u017f"]  # a long s is an S too
     # \x1c is no white space in Unicode; by the pattern for ASCII, and by the whole one
-    assert _cut("a\x1c!", _GPT2_WORDS) == ["a", "\x1c!"]
-    assert _cut("é\x1c!", _GPT2_WORDS) == ["é", "\x1c!"]
+    assert split_words("a\x1c!", GPT2_WORDS) == ["a", "\x1c!"]
+    assert split_words("é\x1c!", GPT2_WORDS) == ["é", "\x1c!"]
 
 
 def test_added_tokens(make):
@@ -302,7 +301,7 @@ def test_vocab_without_merges_and_foreign_classes(tmp_path):
 
 
 def test_a_vocabulary_of_150000_loads_in_two_seconds(make, tmp_path):
-    letters = [c for c in _CHARACTER_OF.values() if c.isascii() and c.isalpha()]
+    letters = [c for c in CHARACTER_OF_BYTE.values() if c.isascii() and c.isalpha()]
     merges = [[a + b, c + d] for a in letters for b in letters for c in letters for d in "abcdefgh"]
     merges = [[a, b] for a in letters for b in letters] + merges[:150_000]
     spec = byte_level(merges)

@@ -1,5 +1,6 @@
 """bench/conformance.py: that it passes what is right, and that it is able to fail the rest."""
 
+import re
 import sys
 
 import pytest
@@ -39,8 +40,11 @@ def test_a_peer_is_right_on_ordinary_cases_and_nan_at_certainty(name, level):
     assert of_ordinary[0] == of_ordinary[1]
     assert int(peer["gradients right"].split(",")[0]) < int(peer["cases"])
     assert int(peer["NaN or inf where finite"].split(",")[0]) > 0
-    first = {"pairs": "log P_w > -3e-08", "logits": "chosen leads by 1"}[level]
-    assert peer["first NaN or inf, float32"].startswith(first)
+    place = peer["first NaN or inf, float32"]
+    if level == "logits":
+        assert place.startswith("chosen leads by 1")
+    else:
+        assert 2.4e-8 < float(re.match(r"log P_w > -([\d.e-]+)", place)[1]) < 3.1e-8
 
 
 @pytest.mark.parametrize("name", ["authors, first", "authors, last"])
@@ -51,11 +55,12 @@ def test_the_authors_formula_is_right_and_what_they_put_into_it_is_not(name):
 
 
 def test_bisection_finds_where_float32_rounds_p_to_one():
-    """exp(-t) is 1 in float32 for t up to half of the spacing below 1: 2^-25, 2.98e-8."""
+    """exp(-t) is 1 in float32 for t up to half of the spacing below 1: 2^-25, 2.98e-8; a CPU whose
+    vectorised exp is not rounded to the nearest says so a little before."""
     sweep = conformance.SWEEPS[0]
     trl = ROWS["TRL", "pairs"].function
     t = conformance.first_break(trl, sweep, torch.float32, conformance.lost)
-    assert t == pytest.approx(2.0**-25, rel=0.01)
+    assert 0.8 * 2.0**-25 < t < 1.01 * 2.0**-25
 
 
 ANSWERS = {

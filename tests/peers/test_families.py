@@ -7,7 +7,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from model import Segments, Transformer  # noqa: E402
+from model import Transformer  # noqa: E402
+from tests.layout import packed, plain  # noqa: E402
 
 COMMON = {"vocab_size": 97, "num_hidden_layers": 3, "max_position_embeddings": 64}
 SIZES = COMMON | {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -102,12 +103,10 @@ def test_packed_branches_equal_separate_sequences(pair):
     model = Transformer.from_pretrained(folder, dtype=torch.float64)
     p, c, r = TOKENS[0, :9], TOKENS[0, 9:20], TOKENS[1, :13]
     positions = torch.cat((torch.arange(20), torch.arange(9, 22)))
-    packed = model.hidden_states(torch.cat((p, c, r)), positions, Segments.packed([(9, 11, 13)]))
-    for branch, rows in ((c, packed[:20]), (r, packed[20:])):
+    states = model.hidden_states(torch.cat((p, c, r)), positions, packed([(9, 11, 13)]))
+    for branch, rows in ((c, states[:20]), (r, states[20:])):
         n = 9 + len(branch)
-        alone = model.hidden_states(
-            torch.cat((p, branch)), torch.arange(n), Segments.plain(1, n, n)
-        )
+        alone = model.hidden_states(torch.cat((p, branch)), torch.arange(n), plain(1, n, n))
         same(alone[-len(rows) :], rows, 1e-12)
 
 

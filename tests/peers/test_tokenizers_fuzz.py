@@ -28,13 +28,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers  # noqa: E402
 
-from data import (  # noqa: E402
-    _GPT2_WORDS,
-    _LLAMA3_WORDS,
-    _QWEN2_WORDS,
-    _WHITE_SPACE,
-    load_tokenizer,
-)
+from data import load_tokenizer  # noqa: E402
+from tokenizer import GPT2_WORDS, LLAMA3_WORDS, QWEN2_WORDS, WHITE_SPACE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -255,7 +250,7 @@ def trained(kind: str) -> str:
     return t.to_str()
 
 
-REGEX = {"gpt2": _GPT2_WORDS, "qwen2": _QWEN2_WORDS, "llama3": _LLAMA3_WORDS}
+REGEX = {"gpt2": GPT2_WORDS, "qwen2": QWEN2_WORDS, "llama3": LLAMA3_WORDS}
 
 
 @pytest.mark.parametrize("normalizer", [None, "NFC"])
@@ -428,7 +423,7 @@ def test_character_classes():
     for name, ours in (
         (r"\p{L}", lambda c: unicodedata.category(c)[0] == "L"),
         (r"\p{N}", lambda c: unicodedata.category(c)[0] == "N"),
-        (r"\s", lambda c: c in _WHITE_SPACE),
+        (r"\s", lambda c: c in WHITE_SPACE),
     ):
         cut = pre_tokenizers.Split(Regex(f"(?:{name})+"), "removed")
         for k in range(0, len(CHARACTERS), 4096):

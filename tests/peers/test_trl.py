@@ -87,7 +87,7 @@ def test_ten_steps_equal_trl(tmp_path, real_or_random, lam):
     """
     model, rows, held_out = real_or_random
     seed = 7
-    order = data.order(len(rows), seed, 0)
+    order = data.epoch_permutation(len(rows), seed, 0)
     pairs, eval_pairs = encoded(model, rows), encoded(model, held_out)
     theirs, their_model, _ = peer.run_trl(
         model, [pairs[i] for i in order], eval_pairs, max_steps=10, lr=1e-3, lam=lam
