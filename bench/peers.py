@@ -148,7 +148,7 @@ def serve(args):
 
 
 def with_liger(Trainer):
-    """TRL's trainer, its concatenated batch and metrics, but Liger's road from hidden states."""
+    """TRL's trainer, its concatenated batch and metrics, but Liger's path from hidden states."""
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
     class Fused(Trainer):

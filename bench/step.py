@@ -65,7 +65,7 @@ def needed_flops(model: Transformer, pairs: list[data.Pair]) -> int:
 
 def padded_flops(model: Transformer, pairs: list[data.Pair]) -> int:
     """The same where each response has its own prompt, lm_head runs everywhere, and all sequences
-    are filled up to the longest; nothing is computed again in the backward pass."""
+    are padded to the longest; nothing is computed again in the backward pass."""
     longest = max(p + max(c, r) for p, c, r in (pair.lengths for pair in pairs))
     sequences = [(0, longest, 0)] * 2 * len(pairs)
     return model.training_flops(sequences, longest * len(sequences))

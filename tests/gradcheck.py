@@ -2,7 +2,7 @@
 The gradient check, for a person to read: `make gradcheck`, or python tests/gradcheck.py.
 
 What the code computes, at five levels from log-probabilities up to the weights of a transformer,
-against roads that do not share its hand-written derivative:
+against paths that do not share its hand-written derivative:
 
     the loss        op by op: response_logps, then -log sigmoid(log odds_w - log odds_l) (Eq. 4-7)
     -delta * h      the paper's Eq. 8-10 as printed but for the sign: grad log P_w and grad log P_l

@@ -157,7 +157,7 @@ def test_ratio_loss_by_hand():
 
 
 def test_orpo_is_train_pys_and_the_chosen_branch_alone_is_sfts(base_and_pairs):
-    """Values and gradients, by the road of the comparison and by fused_linear_orpo."""
+    """Values and gradients, by the path of the comparison and by fused_linear_orpo."""
     model, pairs = base_and_pairs
     for method, lam in ((compare.ORPO[0.5], 0.5), (compare.SFT, 0.0)):
         batch = compare.pack(pairs, chosen_only=method == compare.SFT)
@@ -175,7 +175,7 @@ def test_orpo_is_train_pys_and_the_chosen_branch_alone_is_sfts(base_and_pairs):
 
 @torch.no_grad()
 def test_logps_are_those_of_each_sequence_alone(base_and_pairs):
-    """By the plain road: sums are the means of orpo.response_logps times the tokens."""
+    """By the plain path: sums are the means of orpo.response_logps times the tokens."""
     model, pairs = base_and_pairs
     found = compare.logps(model, compare.pack(pairs, chosen_only=False))
     for side in ("chosen", "rejected"):

@@ -487,7 +487,7 @@ def test_fused_response_weights_are_orpo_loss():
 def test_fused_in_bf16_equals_plain_to_bf16(sft_loss):
     """
     bf16 keeps 8 bits, 0.4 %: the logits are rounded so, and later their gradient. What is computed
-    from the logits is not: loss and log-probabilities are the plain road's of the same logits.
+    from the logits is not: loss and log-probabilities are the plain path's of the same logits.
     """
     hidden, lm_head, *rest = a_step(torch.bfloat16, sft_loss)
     out, *grads = fused(hidden, lm_head, *rest)
