@@ -1,4 +1,4 @@
-"""bench/conformance.py: that it passes what is right, and that it is able to fail the rest."""
+"""conformance/run.py: that it passes what is right, and that it is able to fail the rest."""
 
 import re
 import sys
@@ -6,18 +6,18 @@ import sys
 import pytest
 import torch
 
-from bench import conformance, golden, implementations, quirks
+from conformance import implementations, judge, run
 
 pytest.importorskip("trl.experimental.orpo.orpo_trainer")
 pytest.importorskip("liger_kernel.chunked_loss")
 
-CASES = golden.golden_cases()
+CASES = judge.golden_cases()
 ROWS = {(one.name, one.level): one for one in implementations.IMPLEMENTATIONS}
 
 
 def row(name: str, level: str) -> dict[str, str]:
     """Its row of the table of golden vectors, by the heads of the columns."""
-    text = conformance.scores([ROWS[name, level]], level)
+    text = run.scores([ROWS[name, level]], level)
     heads, _, cells = ([x.strip() for x in line.split(" | ")] for line in text.splitlines())
     return dict(zip((x.strip("| ") for x in heads), (x.strip("| ") for x in cells), strict=True))
 
@@ -57,9 +57,9 @@ def test_the_authors_formula_is_right_and_what_they_put_into_it_is_not(name):
 def test_bisection_finds_where_float32_rounds_p_to_one():
     """exp(-t) is 1 in float32 for t up to half of the spacing below 1: 2^-25, 2.98e-8; a CPU whose
     vectorised exp is not rounded to the nearest says so a little before."""
-    sweep = conformance.SWEEPS[0]
+    sweep = run.SWEEPS[0]
     trl = ROWS["TRL", "pairs"].function
-    t = conformance.first_break(trl, sweep, torch.float32, conformance.lost)
+    t = run.first_break(trl, sweep, torch.float32, run.lost)
     assert 0.8 * 2.0**-25 < t < 1.01 * 2.0**-25
 
 
@@ -75,14 +75,14 @@ ANSWERS = {
 @pytest.mark.parametrize("question", ANSWERS)
 def test_the_questions_find_what_is_known(question):
     """By hand: 2 prompt rows, 3 of the chosen response, 2 of padding."""
-    [quirk] = [q for q in quirks.QUIRKS if q.question.startswith(question)]
+    [quirk] = [q for q in judge.QUIRKS if q.question.startswith(question)]
     for name, answer in ANSWERS[question].items():
         got = quirk.measure(ROWS[name, "logits"].function)
         assert got == pytest.approx(answer, rel=1e-5, abs=1e-6), name
 
 
 def test_cutting_a_step_moves_the_gradient_of_a_token_mean_only():
-    change = quirks.change_by_cutting
+    change = judge.change_by_cutting
     assert change(ROWS["ours", "logits"].function) < 1e-12
     assert change(ROWS["TRL", "logits"].function) > 0.05
 
@@ -118,9 +118,9 @@ def yours(tmp_path):
     return path
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["conformance.py", *map(str, flags)])
-    conformance.main()
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, flags)])
+    run.main()
 
 
 def counts(text: str, name: str) -> list[str]:
@@ -130,9 +130,9 @@ def counts(text: str, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["probability_ratio", "sums"])
 def test_a_wrong_implementation_of_your_own_is_caught(name, yours, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(conformance, "N_STEPS", 12)  # the places are not looked at here
+    monkeypatch.setattr(run, "N_STEPS", 12)  # the places are not looked at here
     out = tmp_path / "tables.md"
-    run(monkeypatch, "--implementation", f"{yours}:{name}", "--out", out)
+    run_main(monkeypatch, "--implementation", f"{yours}:{name}", "--out", out)
     text = out.read_text()
     assert text.strip() in capsys.readouterr().out
     n_right, n_ordinary = next(x for x in counts(text, name) if " of " in x).split(" of ")
@@ -152,7 +152,7 @@ BAD = [
 @pytest.mark.parametrize(("flags", "says"), BAD)
 def test_bad_arguments_are_one_sentence_and_status_2(flags, says, yours, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *(flag.format(yours) for flag in flags))
+        run_main(monkeypatch, *(flag.format(yours) for flag in flags))
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert not out and says in err and len(err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The implementations of ORPO that bench/conformance.py checks, each one function.
+"""The implementations of ORPO that conformance/run.py checks, each one function.
 
 A new one is one function more under @implementation. How many arguments it takes says where it
 starts; it computes in the dtype that it is given, or as it likes, and autograd does the rest.
@@ -111,7 +111,7 @@ def ours_pairs(chosen_logps, rejected_logps):
 
 @implementation("ours", "this")
 def ours(batch):
-    """The fused road. The identity as lm_head makes the hidden states the logits."""
+    """The fused path. The identity as lm_head makes the hidden states the logits."""
     w, l = batch[:2]
     pair = torch.arange(len(w.targets))[:, None]
     response = [torch.where(s.response, 2 * pair + side, -1) for side, s in enumerate((w, l))]
@@ -127,7 +127,7 @@ def ours(batch):
     return orpo.fused_linear_orpo(hidden, lm_head, *data, batch.lam, batch.n_pairs).loss
 
 
-@implementation("ours, plain road", "this")
+@implementation("ours, plain path", "this")
 def ours_plain(batch):
     """response_logps and autograd, as a reader would join them: the definition, not the code."""
     w, l = (orpo.response_logps(s.logits, s.targets, s.response) for s in batch[:2])
