@@ -1,20 +1,22 @@
-"""Who computes ORPO: ours and its peers against the golden vectors, and where each one breaks.
+"""Who computes ORPO: ours and other implementations against the golden vectors.
 
-    python conformance/run.py [--implementation FILE.py:FUNCTION] [--out [FILE.md]]
+    python conformance/run.py [--summary] [--implementation FILE.py:FUNCTION] [--out [FILE.md]]
     python conformance/run.py --plot FILE.svg
 
 To check yours, write one function, and name it with --implementation or add it to
-conformance/implementations.py. How many arguments it takes says where it starts; autograd does
-the rest.
+conformance/implementations.py. The number of its arguments says where it starts. It needs no
+backward pass: autograd differentiates it.
 
     f(chosen_logps, rejected_logps)    mean log-probabilities, each (B,) -> L_OR (B,), or its sum
     f(batch)                           an implementations.Batch -> L_SFT + lam * mean L_OR, a scalar
 
-The tables: the golden vectors that are right; how far towards certainty and impossibility the
-numbers hold, found by bisection; and the answers to the questions of conformance/judge.py.
+The report has three parts: how many golden vectors come out right; how close to P = 1 and P = 0
+the numbers hold, found by bisection; and the answers to the questions of conformance/judge.py.
+--summary prints only the tables of docs/conformance.md, which takes a few seconds.
 """
 
 import datetime
+import functools
 import importlib.util
 import math
 import sys
@@ -31,11 +33,12 @@ from step import Parser
 
 from bench.peers import head, table, write
 from conformance import implementations
-from conformance.implementations import IMPLEMENTATIONS, Implementation, level_of, ours_plain
+from conformance.implementations import IMPLEMENTATIONS, OURS, Implementation, Project, level_of
 from conformance.judge import (
     FLOAT32,
     QUIRKS,
     RTOL,
+    VERSION,
     Case,
     Verdict,
     computed,
@@ -51,11 +54,11 @@ LEVELS = {"pairs": "log-probabilities", "logits": "logits"}
 
 
 # ---------------------------------------------------------------------------------------------
-# Where it breaks: from an ordinary point on, towards a limit.
+# Where the numbers stop being right: from an ordinary point on, towards a limit.
 
 
 class Sweep(NamedTuple):
-    region: str  # {} is t, which goes from an ordinary place to an extreme one
+    region: str  # {} is t, which goes from an ordinary value to an extreme one
     level: str
     start: float
     stop: float
@@ -77,8 +80,8 @@ def wrong(verdict: Verdict) -> bool:
     return not (verdict.value and verdict.gradient)
 
 
-def lost(verdict: Verdict) -> bool:
-    return verdict.lost
+def not_finite(verdict: Verdict) -> bool:
+    return verdict.not_finite
 
 
 def two_digits(t: float) -> str:
@@ -86,7 +89,7 @@ def two_digits(t: float) -> str:
 
 
 def first_break(function, sweep: Sweep, dtype, broken: Callable[[Verdict], bool]) -> float | None:
-    """The t at which `broken` first holds; sweep.start if at once, None if not on the way."""
+    """The t at which `broken` first holds, from sweep.start on; None if it never does."""
 
     def is_broken(t):
         return broken(judge(function, sweep.case(t), dtype))
@@ -107,56 +110,119 @@ def first_break(function, sweep: Sweep, dtype, broken: Callable[[Verdict], bool]
 # The tables.
 
 
-def score(one: Implementation, cases: list[Case]) -> list[str]:
+class Judged(NamedTuple):
+    """What came out of one implementation, for inputs of one dtype."""
+
+    sft: str  # "response" or "full", the kind of L_SFT that it was judged by; else "both"
+    cases: list[Case]
+    verdicts: list[Verdict]
+
+    def counts(self, kind: str) -> tuple[int, int]:
+        """Cases with value and gradient right, and all: of kind "ordinary", or of the others."""
+        pairs = zip(self.cases, self.verdicts, strict=True)
+        of_kind = [v for c, v in pairs if (c.kind == "ordinary") == (kind == "ordinary")]
+        return sum(not wrong(v) for v in of_kind), len(of_kind)
+
+    def sum_of(self, field: str) -> int:
+        return sum(getattr(verdict, field) for verdict in self.verdicts)
+
+
+@functools.cache
+def cases_of(level: str) -> list[Case]:
+    return golden_cases()[level]
+
+
+@functools.cache
+def fitting_sft(one: Implementation) -> str:
+    """Which tokens L_SFT covers is an implementation's choice: it is judged by its own.
+
+    "response" or "full": the kind whose ordinary cases it gets right, all of them. "both" where it
+    is right for both (ours is told the weights) or for neither.
+    """
+
+    def fits(sft):
+        ordinary = [c for c in cases_of(one.level) if (c.kind, c.sft) == ("ordinary", sft)]
+        return not any(wrong(judge(one.function, case, FLOAT32)) for case in ordinary)
+
+    kinds = [sft for sft in ("response", "full") if fits(sft)]
+    return kinds[0] if len(kinds) == 1 else "both"
+
+
+@functools.cache
+def judged(one: Implementation, dtype: torch.dtype) -> Judged:
+    sft = fitting_sft(one) if one.level == "logits" else "both"
+    cases = [case for case in cases_of(one.level) if sft == "both" or case.sft == sft]
+    return Judged(sft, cases, [judge(one.function, case, dtype) for case in cases])
+
+
+def summary(chosen: list[Implementation]) -> str:
+    """A row for each project, float32 inputs: the main table of docs/conformance.md."""
+    heads = ["implementation", "version", "what it computes"]
+    for level in LEVELS.values():
+        heads += [f"from {level}: ordinary", "edge", "NaN or inf"]
+    rows = []
+    for project in dict.fromkeys(one.project for one in chosen):
+        row = [project.name, project.version, project.computes]
+        for level in LEVELS:
+            cells = [""] * 3
+            for one in chosen:
+                if (one.project, one.level) == (project, level):
+                    result = judged(one, FLOAT32)
+                    counts = (result.counts(kind) for kind in ("ordinary", "edge"))
+                    cells = [f"{n_right} of {n}" for n_right, n in counts]
+                    cells.append(str(result.sum_of("not_finite")))
+            row += cells
+        rows.append(row)
+    return table(heads, rows)
+
+
+def sources(chosen: list[Implementation]) -> str:
+    """Where each was read, or which package was run."""
+    projects = dict.fromkeys(one.project for one in chosen)
+    return table(
+        ["implementation", "version", "source"], [[p.name, p.version, p.source] for p in projects]
+    )
+
+
+def score(one: Implementation) -> list[str]:
     """A row of `scores`."""
-    verdicts = {dtype: [judge(one.function, case, dtype) for case in cases] for dtype in RTOL}
-    fine = [not wrong(v) for v in verdicts[FLOAT32]]
-    # Which tokens L_SFT covers is the implementation's choice: it is judged by its own.
-    kinds = [
-        sft
-        for sft in ("response", "full")
-        if all(
-            ok for ok, c in zip(fine, cases, strict=True) if (c.kind, c.sft) == ("ordinary", sft)
-        )
-    ]
-    kept = [i for i, c in enumerate(cases) if c.sft in kinds or not c.sft or not kinds]
-    ordinary = [fine[i] for i in kept if cases[i].kind == "ordinary"]
-    cells = [
-        ", ".join(
-            str(sum(getattr(of_dtype[i], field) for i in kept)) for of_dtype in verdicts.values()
-        )
-        for field in Verdict._fields
-    ]
+    results = [judged(one, dtype) for dtype in RTOL]
+    float32 = judged(one, FLOAT32)
+    n_right, n_ordinary = float32.counts("ordinary")
     places = []
     for sweep in SWEEPS:
-        t = first_break(one.function, sweep, FLOAT32, lost) if sweep.level == one.level else None
-        places += [sweep.region.format(two_digits(t))] if t else []
-    covers = [" and ".join(kinds) or "neither"] if one.level == "logits" else []
-    counts = [str(len(kept)), f"{sum(ordinary)} of {len(ordinary)}"]
-    return [one.name, one.version, *covers, *counts, *cells, "; ".join(places) or "nowhere"]
+        if sweep.level == one.level:
+            t = first_break(one.function, sweep, FLOAT32, not_finite)
+            if t is not None:
+                places.append(sweep.region.format(two_digits(t)))
+    row = [one.name, one.project.version]
+    if one.level == "logits":
+        row.append(float32.sft)
+    row += [str(len(float32.cases)), f"{n_right} of {n_ordinary}"]
+    for field in Verdict._fields:
+        row.append(", ".join(str(result.sum_of(field)) for result in results))
+    return [*row, "; ".join(places) or "nowhere"]
 
 
 def scores(chosen: list[Implementation], level: str) -> str:
     """The golden vectors. Three numbers are of float32, float64, bfloat16 inputs."""
-    heads = [f"from {LEVELS[level]}", "version", *(["L_SFT over"] if level == "logits" else [])]
+    heads = [f"from {LEVELS[level]}", "version"]
+    if level == "logits":
+        heads.append("judged by L_SFT over")
     heads += ["cases", "of ordinary ones", "values right", "gradients right"]
     heads += ["NaN or inf where finite", "first NaN or inf, float32"]
-    cases = golden_cases()[level]
-    return table(heads, [score(one, cases) for one in chosen if one.level == level])
+    return table(heads, [score(one) for one in chosen if one.level == level])
 
 
 def breaks(chosen: list[Implementation], level: str) -> str:
     """The places by bisection, for each dtype of the inputs."""
 
     def cell(one, dtype, sweep):
-        found = {
-            broken: first_break(one.function, sweep, dtype, broken) for broken in (wrong, lost)
-        }
-        words = [
-            f"{word} {'throughout' if t == sweep.start else two_digits(t)}"
-            for word, t in (("wrong", found[wrong]), ("NaN", found[lost]))
-            if t is not None
-        ]
+        words = []
+        for word, broken in (("wrong", wrong), ("NaN", not_finite)):
+            t = first_break(one.function, sweep, dtype, broken)
+            if t is not None:
+                words.append(f"{word} {'throughout' if t == sweep.start else two_digits(t)}")
         return ", ".join(words) or "never"
 
     sweeps = [s for s in SWEEPS if s.level == level]
@@ -172,63 +238,74 @@ def breaks(chosen: list[Implementation], level: str) -> str:
 
 
 def quirks(chosen: list[Implementation]) -> str:
-    """The questions of conformance/judge.py; the plain path's answers are ours."""
-    chosen = [one for one in chosen if one.function is not ours_plain]
-    names = list(dict.fromkeys(one.name for one in chosen))
+    """The questions of conformance/judge.py, as a legend and a table with a row a project."""
     functions = {(one.name, one.level): one.function for one in chosen}
     functions |= {(one.name, "metric"): one.metric for one in chosen if one.metric}
-    rows = []
-    for q in QUIRKS:
-        asked = [functions.get((name, q.level)) for name in names]
-        if any(asked):
-            numbers = [q.measure(None) if q.right is None else q.right]
-            numbers += [q.measure(f) if f else None for f in asked]
-            # + 0.0, or there would be a zero with a minus
-            rows.append([q.question, *("" if x is None else f"{x + 0.0:.4g}" for x in numbers)])
-    return table(["", "right", *names], rows)
+    asked = [q for q in QUIRKS if any(level == q.level for _, level in functions)]
+
+    def number(x: float) -> str:
+        return f"{x + 0.0:.4g}"  # + 0.0 turns -0.0 into 0.0
+
+    right = [number(q.measure(None) if q.right is None else q.right) for q in asked]
+    rows = [["right", *right]]
+    for name in dict.fromkeys(one.name for one in chosen):
+        cells = []
+        for q in asked:
+            function = functions.get((name, q.level))
+            cells.append(number(q.measure(function)) if function else "")
+        rows.append([name, *cells])
+    legend = [f"- **{q.name}**: {q.question}." for q in asked]
+    return "\n".join(legend) + "\n\n" + table(["", *(q.name for q in asked)], rows)
 
 
 RIGHT = """
-Right is within 1e-4 (float32), 1e-10 (float64) or 1e-2 (bfloat16), of the number itself or, for the
-gradient of logits, of the largest in its row: some thousand, million and two roundings. Three
-numbers in a cell are for those three dtypes of the inputs. Ordinary cases are far from certainty;
-the others (P = 1, logits that lead by 30 or 80 nats) ask whether the limits come out.
-From logits an implementation is judged by the cases whose L_SFT covers the tokens that its own
-covers (full: prompt and response), and by all of them if neither kind fits it.
+A number is right if it is within 1e-4 (float32), 1e-10 (float64) or 1e-2 (bfloat16) of the truth,
+relative to the number itself or, for the gradient of logits, to the largest of its row. That is
+about a thousand roundings in float32, a million in float64 and two in bfloat16. A cell with three
+numbers gives them for inputs of these three dtypes. Ordinary cases are far from certainty; the
+others (P near 1, logits that lead by 30 or 80 nats) ask whether the limits come out.
+From logits, an implementation is judged by the cases whose L_SFT covers the tokens that its own
+covers: the response, or prompt and response (full). "Both" stands for all cases: ours is given the
+weights of the tokens, and the others with this word agree with neither kind.
 """
 ENDS = """
-The first t at which a number is wrong, and at which it is NaN, or infinite though the truth is
-not; the other response has P = 1/2. The ways go from t = 0.5 to 1e-40, from 1 to 1e6, and from 1 to
-1000 nats. "Throughout" under float64 is code that computes in float32 whatever it is given.
-Log-probabilities in bfloat16 are asked of the function alone: Liger and LLaMA-Factory make them in
-float32 from logits of any dtype. Logits in bfloat16 reach TRL from a model that was loaded so.
+The first t at which a number is wrong, and the first at which it is NaN, or infinite where the
+truth is finite. The other response has P = 1/2. t goes from 0.5 to 1e-40 in the first two columns
+of the first table, from 1 to 1e6 in the third, and from 1 to 1000 nats in the second table.
+"Throughout" for float64 inputs means that the code computes in float32 whatever it is given.
+Log-probabilities in bfloat16 are a question to the function alone: Liger and LLaMA-Factory compute
+them in float32 from logits of any dtype. Logits in bfloat16 reach TRL from a model that was loaded
+in bfloat16.
 """
 CHOICES = """
-From outside: the loss and its gradient alone are read. a = log P_w, b = log P_l; the inputs are
-float64 where nothing else is said. The metric is the one whose name says log odds ratio: all of
-them log the mean log sigmoid of it, ours too, under TRL's name.
+Each answer is read from the loss and its gradient, by calling the function. a = log P_w and
+b = log P_l. The inputs are float64 where nothing else is said. m is the number of tokens of the
+chosen response; its prompt has two, and two rows of padding follow. "Metric" is the number whose
+name says log odds ratio. Where it is -0.2877, the mean log sigmoid of the log odds ratio is logged
+under that name, as TRL does; ours keeps TRL's name and meaning.
 """
 
 
 def report(chosen: list[Implementation]) -> str:
     """All tables, as Markdown."""
     levels = [level for level in LEVELS if any(one.level == level for one in chosen)]
-    parts = ["## Golden vectors", RIGHT, *(scores(chosen, level) for level in levels)]
+    parts = [f"## Golden vectors, version {VERSION}", RIGHT]
+    parts += [scores(chosen, level) for level in levels]
     parts += ["## Where the numbers end", ENDS, *(breaks(chosen, level) for level in levels)]
-    parts += ["## Choices and slips", CHOICES, quirks(chosen)]
+    parts += ["## Choices and differences", CHOICES, quirks(chosen)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------
-# The figure of --plot: what becomes of the gradient at certainty.
+# The figure of --plot: the gradient as a response becomes certain.
 
-GREY, OURS, TRL, LIGER = "#808080", "#2a9d5c", "#d1495b", "#3d7ebf"
+GREY, GREEN, RED, BLUE = "#808080", "#2a9d5c", "#d1495b", "#3d7ebf"
 CERTAIN = 1e-13  # where the axis shows P_w = 1
 
 
-def at_doubt(doubt: float) -> Case:
-    """P_w = 1 - doubt, P_l = 0.9."""
-    logps = (torch.tensor([math.log1p(-p)], dtype=torch.float64) for p in (doubt, 0.1))
+def at_distance(distance: float) -> Case:
+    """P_w = 1 - distance, P_l = 0.9."""
+    logps = (torch.tensor([math.log1p(-p)], dtype=torch.float64) for p in (distance, 0.1))
     return Case("edge", tuple(logps))
 
 
@@ -243,10 +320,11 @@ def panel(ax, xs: list[float], cases: list[Case], functions, read) -> dict[str, 
     """The truth, ours, TRL and Liger. Returns from where on which of them is NaN."""
     ax.plot(xs, curve(None, cases, read), color=GREY, lw=7, alpha=0.4, label="truth")
     last, ends = len(xs) - 1, {}
+    marked = [*range(0, last, 4), last]
     looks = (
-        ("TRL", TRL, {"lw": 3}),
-        ("Liger", LIGER, {"lw": 1.5, "ls": (0, (2, 2))}),
-        ("ours", OURS, {"ls": "", "marker": "o", "ms": 3, "markevery": [*range(0, last, 4), last]}),
+        ("TRL", RED, {"lw": 3}),
+        ("Liger", BLUE, {"lw": 1.5, "ls": (0, (2, 2))}),
+        ("ours", GREEN, {"ls": "", "marker": "o", "ms": 3, "markevery": marked}),
     )
     for (name, colour, look), function in zip(looks, functions, strict=True):
         ys = curve(function, cases, read)
@@ -272,8 +350,8 @@ def draw(file: Path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 
-    doubts = [10 ** (-1 - i / 16) for i in range(16 * 11 + 1)]
-    xs, cases = [*doubts, CERTAIN], [*map(at_doubt, doubts), at_doubt(0.0)]
+    distances = [10 ** (-1 - i / 16) for i in range(16 * 11 + 1)]
+    xs, cases = [*distances, CERTAIN], [*map(at_distance, distances), at_distance(0.0)]
     read = lambda grad: grad[0].item()  # noqa: E731 - the derivative by log P_w
     functions = (
         implementations.trl_pairs,
@@ -311,9 +389,9 @@ def shade(ax, ends: dict[str, float], stop: float):
     """A band from where the first of them has ended to the edge, with their names; or nothing."""
     if ends:
         start = min(ends.values(), key=lambda x: abs(x - ax.get_xlim()[0]))
-        ax.axvspan(start, stop, color=TRL, alpha=0.12, lw=0)
+        ax.axvspan(start, stop, color=RED, alpha=0.12, lw=0)
         text = f"{' and '.join(ends)}: NaN"
-        ax.text(0.98, 0.72, text, transform=ax.transAxes, ha="right", color=TRL, fontsize=9)
+        ax.text(0.98, 0.72, text, transform=ax.transAxes, ha="right", color=RED, fontsize=9)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -321,12 +399,13 @@ def shade(ax, ends: dict[str, float], stop: float):
 
 
 def load(argument: str) -> list[Implementation]:
-    """FILE.py:FUNCTION as a row, behind ours. Raises ValueError with one sentence."""
+    """FILE.py:FUNCTION as a row, after ours. Raises ValueError with one sentence."""
     path, _, name = argument.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(
             f"{argument}: FILE.py:FUNCTION is wanted, and {path or argument} is no file"
         )
+    first = {level: cases_of(level)[0] for level in LEVELS}
     spec = importlib.util.spec_from_file_location("yours", path)
     if spec is None:
         raise ValueError(f"{path}: not a Python file")
@@ -335,12 +414,12 @@ def load(argument: str) -> list[Implementation]:
         spec.loader.exec_module(module)
         function = getattr(module, name)
         level = level_of(function)
-        computed(function, golden_cases()[level][0], FLOAT32)
+        computed(function, first[level], FLOAT32)
     except Exception as error:  # whatever somebody's file may do
         told = " ".join(str(error).split())
         raise ValueError(f"{argument}: {type(error).__name__}: {told:.300}") from error
-    ours = [one for one in IMPLEMENTATIONS if (one.name, one.level) == ("ours", level)]
-    return [*ours, Implementation(name, "yours", function, level, None)]
+    ours = [one for one in IMPLEMENTATIONS if (one.project, one.level) == (OURS, level)]
+    return [*ours, Implementation(Project(name, "yours", path, ""), function, level, None)]
 
 
 def main():
@@ -353,11 +432,13 @@ def main():
         const=HERE / "results" / f"{datetime.date.today()}-conformance.md",
         help="write the tables there too (without a value: into conformance/results)",
     )
-    parser.add_argument("--plot", type=Path, help="draw the figure, SVG or PNG, in place of tables")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--summary", action="store_true", help="only the tables of the page")
+    instead.add_argument("--plot", type=Path, help="only the figure, SVG or PNG, into this file")
     args = parser.parse_args()
     try:
         chosen = load(args.implementation) if args.implementation else IMPLEMENTATIONS
-        missing = {one.name for one in chosen if one.version == "missing"}
+        missing = {one.name for one in chosen if one.project.version == "missing"}
         if missing and not args.implementation:
             raise ValueError(
                 f"{' and '.join(sorted(missing))} missing; `make conformance` installs it"
@@ -366,7 +447,11 @@ def main():
             draw(args.plot)
             print(f"wrote {args.plot}")
             return
-        text = f"{head(torch.get_num_threads())}\n{report(chosen)}"
+        if args.summary:
+            tables = "\n".join([summary(chosen), sources(chosen), quirks(chosen)])
+        else:
+            tables = report(chosen)
+        text = f"{head(torch.get_num_threads())}\n{tables}"
         print(text)
         if args.out:
             write(text, args.out)
