@@ -445,7 +445,7 @@ def tunix_1574(batch):
 
 
 # ---------------------------------------------------------------------------------------------
-# mlx-lm-lora. At a65a3f1 (3.0.0) the model ran outside of the function that is differentiated, so
+# mlx-lm-lora. At a65a3f1 the model ran outside of the function that is differentiated, so
 # every gradient was 0, and the loss was -beta * log sigmoid(log P_w - log P_l), with the prompt in
 # log P. Its issues 65, 67 and 68 (gradient, odds, SFT), 79 (prompt) and 80 (mask) were closed with
 # pull requests 66, 86 and 88. In bb30d98 a row counts only if its input is of the response too, so
