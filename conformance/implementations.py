@@ -223,13 +223,13 @@ TRL = Project(
     "TRL",
     version_of("trl"),
     "huggingface/trl, trl/experimental/orpo/orpo_trainer.py",
-    "the formula in float32; NaN gradient where e^x rounds to 1",
+    "the formula in float32, the prompt in L_SFT; NaN gradient where e^x rounds to 1",
 )
 LIGER = Project(
     "Liger",
     version_of("liger_kernel"),
     "linkedin/Liger-Kernel, src/liger_kernel/chunked_loss/orpo_loss.py",
-    "the formula, from logits in float32; NaN gradient where e^x rounds to 1",
+    "the formula, logits in float32, the prompt in L_SFT; NaN gradient where e^x rounds to 1",
 )
 
 
@@ -301,7 +301,7 @@ LLAMA_FACTORY = Project(
     "LLaMA-Factory",
     "0005269",
     "hiyouga/LLaMA-Factory, src/llamafactory/train/dpo/trainer.py",
-    "the formula, from logits in float32; NaN gradient where e^x rounds to 1",
+    "the formula, logits in float32; NaN gradient where e^x rounds to 1",
 )
 
 
@@ -421,7 +421,7 @@ TUNIX_1574 = Project(
     "tunix, after #1574",
     "#1574",
     TUNIX.source,
-    "the formula up to log P = -1e-7, where the log odds ratio stays as it is",
+    "the formula, the prompt in L_SFT, a mean per pair; no gradient of L_OR above log P = -1e-7",
 )
 
 
@@ -461,7 +461,7 @@ MLX_LM_LORA_FIXED = Project(
     "mlx-lm-lora, after #88",
     "bb30d98",
     MLX_LM_LORA.source,
-    "the formula up to log P = -1e-7, but without the first token of each response",
+    "the formula without the first token of a response; no gradient of L_OR above log P = -1e-7",
 )
 
 
@@ -532,7 +532,7 @@ UNSLOTH = Project(
     "unsloth, MLX",
     "0570e8e",
     "unslothai/unsloth-zoo, unsloth_zoo/mlx/preference.py",
-    "the formula in float32, with 1 - P kept at 1e-12 or above",
+    "the formula in float32, the prompt in L_SFT, with 1 - P kept at 1e-12 or above",
 )
 
 
@@ -559,7 +559,7 @@ RLHF_BOOK = Project(
     "RLHF book",
     "09076e5",
     "natolambert/rlhf-book, code/direct_alignment/loss.py and train.py",
-    "the formula in float32 up to log P = -1e-6, where the gradient of L_OR becomes 0",
+    "the formula in float32; no gradient of L_OR above log P = -1e-6",
 )
 
 
