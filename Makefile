@@ -27,7 +27,7 @@ bench: .venv-peers/peers ## time and memory of a step beside TRL's, and what eac
 	$(PEERS)/python bench/ideas.py --ratios 1:4 4:1 --rounds 2
 
 conformance: .venv-peers/peers ## ours, TRL's, Liger's and others' ORPO against the golden vectors
-	$(PEERS)/python bench/conformance.py $(ARGS)
+	$(PEERS)/python conformance/run.py $(ARGS)
 
 lint: .venv/dev  ## ruff, formatting included
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

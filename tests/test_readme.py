@@ -103,7 +103,9 @@ def test_every_test_function_and_file_that_it_names_is_there():
     for module in (orpo, train):
         for name in re.findall(rf"`{module.__name__}\.(\w+)`", README):
             assert hasattr(module, name) or name == "py", name
-    for path in re.findall(r"(?:python |`|\()((?:bench|examples|tests)/[\w/.-]+\.\w+)", README):
+    for path in re.findall(
+        r"(?:python |`|\()((?:bench|conformance|docs|examples|tests)/[\w/.-]+\.\w+)", README
+    ):
         assert (ROOT / path).is_file() or (ROOT / "examples" / path).is_file(), path
 
 

@@ -18,6 +18,10 @@ from oracle import mp, mpf
 
 PATH = Path(__file__).with_name("orpo.json")
 
+# Raised whenever a case, a number or the meaning of a field changes, so that a framework that keeps
+# a copy of the file knows which one it has. tests/test_orpo.py holds the numbers to it.
+VERSION = 1
+
 ABOUT = {
     "what": "Golden vectors for ORPO (Hong, Lee, Thorne: arXiv 2403.07691): inputs, loss terms and "
     "gradients, to check an implementation in any framework and language against.",
@@ -34,6 +38,8 @@ ABOUT = {
     "and for a gradient in 'logits', where it is the largest |y| of the array's innermost row (V "
     "numbers). An expected inf asks for inf, or for something beyond the dtype's range. A plain "
     "autograd implementation passes kind 'ordinary'; 'edge' shows whether it survives certainty.",
+    "version": "The file's own: raised whenever a case, a number or the meaning of a field "
+    "changes. A copy should be checked for the version that its test was written for.",
     "pairs": "One pair a line, starting from mean log-probabilities. chosen_logp, rejected_logp: "
     "log P_w, log P_l. lam. nll: L_SFT = -chosen_logp. log_odds_chosen: the log odds ratio "
     "log odds_w - log odds_l (TRL's name; TRL's log_odds_ratio is the mean of -l_or). l_or: L_OR, "
@@ -202,7 +208,8 @@ def golden():
     ]
     about = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in ABOUT.items())
     return (
-        f'{{\n  "about": {{\n{about}\n  }},\n'
+        f'{{\n  "version": {VERSION},\n'
+        f'  "about": {{\n{about}\n  }},\n'
         '  "pairs": [\n    ' + ",\n    ".join(pairs) + "\n  ],\n"
         '  "logits": [\n    ' + ",\n    ".join(logits) + "\n  ]\n}\n"
     )
