@@ -20,7 +20,7 @@ from model import ModelConfig, Transformer
 
 pytest.register_assert_rewrite("tests.runs")
 
-from tests.runs import FACTS, files, run  # noqa: E402
+from tests.runs import FACTS, TWELVE_STEPS, files, run  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -114,10 +114,6 @@ def folder(tmp_path_factory) -> Path:
     rows = (FACTS / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "eval.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
     return folder
-
-
-TWELVE_STEPS = ["--max-steps", "12", "--batch-size", "8", "--warmup-steps", "2"]
-TWELVE_STEPS += ["--lr", "3e-3", "--lam", "0.5"]
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ METRICS = {
     *("tokens_per_second", "tflops", "peak_memory_gb"),
 }
 CLOCKS = {"tokens_per_second", "tflops", "peak_memory_gb"}  # differ from run to run
+TWELVE_STEPS = ["--max-steps", "12", "--batch-size", "8", "--warmup-steps", "2"]
+TWELVE_STEPS += ["--lr", "3e-3", "--lam", "0.5"]
 UNEVEN = ["--batch-size", "7", "--max-steps", "8", "--micro-batch-tokens", "100", "--lr", "1e-3"]
 
 

@@ -298,6 +298,15 @@ def test_when_no_pair_is_left_the_reasons_are_said():
         assert word in str(error.value)
 
 
+def test_hold_out_keeps_the_rows_of_a_prompt_together():
+    """A quarter of nine prompts, rounded, is two, with the three rows that each has."""
+    rows = [row_of([user(f"q{i % 9}")], f"a{i}", "b") for i in range(27)]
+    train, held_out = data.hold_out(rows, 0.25, seed=42)
+    assert len(held_out) == 6 and len({row.prompt[0]["content"] for row in held_out}) == 2
+    assert [row for row in rows if row not in held_out] == train  # in their order
+    assert data.hold_out(rows, 0.01, seed=42)[1]  # one prompt at least
+
+
 def test_a_tokenizer_without_bos_and_eos():
     class Bare(Letters):
         bos_id = eos_id = None
