@@ -1,10 +1,12 @@
-"""Fixtures: a random Llama, a sentencepiece model trained here, real ones where they exist."""
+"""Fixtures: random models, tokenizers made here, a whole run of train.py, real files if any."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 # The models here are tiny: a second thread only waits, and where the cores are busy, for long.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
@@ -13,9 +15,13 @@ import pytest
 import sentencepiece
 import torch
 
+from data import load_tokenizer
 from model import ModelConfig, Transformer
 
-FACTS = Path(__file__).resolve().parents[1] / "examples" / "facts"
+pytest.register_assert_rewrite("tests.runs")
+
+from tests.runs import FACTS, TWELVE_STEPS, files, run  # noqa: E402
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -64,6 +70,22 @@ def tiny_tokenizer(sentencepiece_model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def make_tokenizer(sentencepiece_model, tmp_path):
+    """Loads a folder with tokenizer.model and these files: name -> bytes, text, or JSON's value."""
+
+    def make(files=None, **config):
+        folder = tmp_path / "made"
+        folder.mkdir(exist_ok=True)
+        contents = {"tokenizer.model": sentencepiece_model, "tokenizer_config.json": config}
+        for name, value in (contents | (files or {})).items():
+            text = value if isinstance(value, str | bytes) else json.dumps(value)
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_tokenizer(folder)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_tokenizer, tmp_path_factory) -> Path:
     """A folder with a random Llama of 20 thousand parameters and tiny_tokenizer's files."""
@@ -97,8 +119,19 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def arguments(folder, tmp_path) -> list[str]:
     """12 steps of 8 pairs, in two and a half epochs."""
-    paths = {"model": "model", "data": "train.jsonl", "eval-data": "eval.jsonl"}
-    flags = [x for name, file in paths.items() for x in (f"--{name}", str(folder / file))]
-    flags += ["--out", str(tmp_path / "out"), "--device", "cpu"]
-    flags += ["--max-steps", "12", "--batch-size", "8", "--warmup-steps", "2"]
-    return [*flags, "--lr", "3e-3", "--lam", "0.5"]
+    return [*files(folder), "--out", str(tmp_path / "out"), *TWELVE_STEPS]
+
+
+class Whole(NamedTuple):
+    rows: list[dict]
+    out: Path
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def whole(folder, tmp_path_factory) -> Whole:
+    """The run of `arguments`, which nothing interrupts. To be read only."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        rows = run([*files(folder), "--out", str(out), *TWELVE_STEPS])
+    return Whole(rows, out, printed.getvalue())

@@ -1,18 +1,13 @@
-"""
-Rows, truncation, packing and the tokenizer: small tables worked out by hand, a sentencepiece model
-trained in conftest.py (ids: 0 <unk>, 1 <s>, 2 </s>), Llama 2's where it is present.
-"""
+"""Rows, pairs, truncation, packing and showing: small tables worked out by hand."""
 
+import gzip
 import json
-import struct
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 import data
@@ -20,7 +15,6 @@ from data import (
     Pair,
     Preference,
     encode_pair,
-    encode_prompt,
     encode_rows,
     epoch_permutation,
     load_preferences,
@@ -49,30 +43,8 @@ def write_rows(path, *rows):
 
 
 @pytest.fixture
-def make_tokenizer(sentencepiece_model, tmp_path):
-    """Loads a folder with tokenizer.model and these files: name -> text, or what JSON takes."""
-
-    def make(files=None, **config):
-        folder = tmp_path / "made"
-        folder.mkdir(exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(sentencepiece_model)
-        for name, value in ({"tokenizer_config.json": config} | (files or {})).items():
-            (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
-        return load_tokenizer(folder)
-
-    return make
-
-
-@pytest.fixture
 def tokenizer(tiny_tokenizer):
     return load_tokenizer(tiny_tokenizer)
-
-
-@pytest.fixture(params=["tiny", "llama2"])
-def either_tokenizer(request):
-    if request.param == "tiny":
-        return load_tokenizer(request.getfixturevalue("tiny_tokenizer"))
-    return load_tokenizer(request.getfixturevalue("shared") / "llama2-tokenizer")
 
 
 class Letters:
@@ -151,61 +123,104 @@ def row(prompt="q", chosen="a", rejected="b", **more):
     return {key: value for key, value in given.items() if value is not ...}
 
 
-BAD_ROWS = {
-    "broken JSON": ('{"prompt": "q", ', ""),
-    "invalid UTF-8": (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', "utf-8"),
-    "half a surrogate pair": (r'{"prompt": "\ud800", "chosen": "a", "rejected": "b"}', ""),
-    "deeply nested": ("[" * 100_000, ""),
-    "a list": ([1], "object"),
-    "a string": ('"x"', "object"),
-    "null": ("null", "object"),
-    "no chosen": (row(chosen=...), "'chosen'"),
-    "no rejected": (row(rejected=...), "'rejected'"),
-    "other names": ({"question": "q", "answer": "a"}, "question"),
-    "chosen a number": (row(chosen=3), "chosen"),
-    "rejected null": (row(rejected=None), "rejected"),
-    "prompt a number": (row(prompt=3), "prompt"),
-    "rejected messages, chosen text": (row(rejected=[NO]), "chosen"),
-    "prompt messages, answers text": (row(prompt=[Q]), "chosen"),
-    "prompt an empty list": (row([], [YES], [NO]), "prompt"),
-    "chosen an empty list": (row([Q], [], [NO]), "chosen"),
-    "a message without role": (row([Q], [{"content": "x"}], [NO]), "chosen[0]"),
-    "a message without content": (row([Q, {"role": "user"}], [YES], [NO]), "prompt[1]"),
-    "content null": (row([Q], [YES], [{"role": "assistant", "content": None}]), "rejected[0]"),
-    "content a list": (row([Q], [YES], [{"role": "assistant", "content": []}]), "rejected[0]"),
-    "a message is text": (row([Q], ["yes"], [NO]), "chosen[0]"),
-    "the answer is the user's": (row([Q], [user("yes")], [NO]), "chosen"),
-    "two answers": (row([Q], [YES], [NO, NO]), "rejected"),
-    "the dialogue is another": (row([Q], [user("other"), YES], [NO]), "chosen"),
-    "nothing in common": (row(..., [Q, YES], [user("other"), NO]), "chosen"),
-    "answers alone": (row(..., [YES], [NO]), "chosen"),
-    "unlike lengths": (row(..., [Q, YES], [Q, YES, Q, NO]), "rejected"),
-    "accept is text": (row(accept="a"), "accept"),
-    "accept holds a number": (row(accept=["a", 1]), "accept"),
+HINT = "UTF-8 text, a JSON object a line, is expected (examples/prepare.py makes it)"
+NEIGHBOURS = "must be text or a list of messages, like its neighbours"
+MESSAGE = "must be a message: role and content, both strings"
+
+
+def not_an_answer(key: str, roles: str, after: int) -> str:
+    """roles: u for user, a for assistant."""
+    wanted = "the prompt's messages and one assistant message more, or that message alone"
+    found = [{"u": "user", "a": "assistant"}[role] for role in roles]
+    return f"{key} must be {wanted}; it is {found} after {after} messages"
+
+
+BAD_ROWS = {  # what: (the row, words of the complaint)
+    "broken JSON": ('{"prompt": "q", ', HINT),
+    "invalid UTF-8": (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', "'utf-8' codec"),
+    "UTF-16": ("{}".encode("utf-16"), HINT),
+    "half a surrogate pair": (r'{"prompt": "\ud800", "chosen": "a", "rejected": "b"}', HINT),
+    "deeply nested": ("[" * 100_000, HINT),
+    "a list": ([1], "a JSON object is expected, not list (examples/prepare.py reads such a file)"),
+    "a string": ('"x"', "a JSON object is expected, not str"),
+    "null": ("null", "a JSON object is expected, not NoneType"),
+    "no chosen": (row(chosen=...), "key 'chosen' is missing; the row has ['prompt', 'rejected']"),
+    "no rejected": (row(rejected=...), "key 'rejected' is missing"),
+    "other names": ({"question": "q", "answer": "a"}, "the row has ['answer', 'question']"),
+    "a thousand keys": (dict.fromkeys(map(str, range(1000)), 0), "key 'chosen' is missing"),
+    "chosen a number": (row(chosen=3), "chosen must be text or a list of messages, not 3"),
+    "rejected null": (row(rejected=None), "rejected must be text or a list of messages, not None"),
+    "prompt a number": (row(prompt=3), f"prompt {NEIGHBOURS}"),
+    "rejected messages, chosen text": (row(rejected=[NO]), f"chosen {NEIGHBOURS}"),
+    "chosen messages, rejected text": (row(chosen=[YES]), f"rejected {NEIGHBOURS}"),
+    "prompt messages, answers text": (row(prompt=[Q]), f"chosen {NEIGHBOURS}"),
+    "prompt an empty list": (row([], [YES], [NO]), f"prompt {NEIGHBOURS}"),
+    "chosen an empty list": (row([Q], [], [NO]), f"chosen {NEIGHBOURS}"),
+    "a message without role": (row([Q], [{"content": "x"}], [NO]), f"chosen[0] {MESSAGE}"),
+    "a message without content": (row([Q, {"role": "user"}], [YES], [NO]), f"prompt[1] {MESSAGE}"),
+    "content null": (row([Q], [YES], [assistant(None)]), f"rejected[0] {MESSAGE}"),
+    "content a list": (row([Q], [YES], [assistant([])]), f"rejected[0] {MESSAGE}"),
+    "a message is text": (row([Q], ["yes"], [NO]), f"chosen[0] {MESSAGE}"),
+    "the answer is the user's": (row([Q], [user("x")], [NO]), not_an_answer("chosen", "u", 1)),
+    "two answers": (row([Q], [YES], [NO, NO]), not_an_answer("rejected", "aa", 1)),
+    "a thousand answers": (row([Q], [YES] * 1000, [NO]), "chosen must be the prompt's messages"),
+    "the dialogue is another": (row([Q], [user("x"), YES], [NO]), not_an_answer("chosen", "ua", 1)),
+    "nothing in common": (row(..., [Q, YES], [user("x"), NO]), not_an_answer("chosen", "ua", 0)),
+    "answers alone": (row(..., [YES], [NO]), not_an_answer("chosen", "a", 0)),
+    "unlike lengths": (row(..., [Q, YES], [Q, YES, Q, NO]), not_an_answer("rejected", "uaua", 1)),
+    "accept is text": (row(accept="a"), "accept must be a list of strings"),
+    "accept holds a number": (row(accept=["a", 1]), "accept must be a list of strings"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_ROWS)
 def test_bad_rows_name_file_and_line(what, tmp_path):
-    bad, word = BAD_ROWS[what]
+    bad, words = BAD_ROWS[what]
     file = write_rows(tmp_path / "rows.jsonl", row(), "", bad, row())
     with pytest.raises(ValueError) as error:
         load_preferences(file)
     message = str(error.value)
-    assert message.startswith(f"{file}:3: ") and word in message and "\n" not in message
+    assert message.startswith(f"{file}:3: ") and words in message
+    assert "\n" not in message and len(message) < 500
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b" \n\t\n\n"])
-def test_a_file_without_rows_is_an_error(content, tmp_path):
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "the file has no rows"),
+        (b"\n", "the file has no rows"),
+        (b" \n\t\n\n", "the file has no rows"),
+        (b"PAR1\x15\x04" + bytes(99) + b"PAR1", "is a parquet or gzip file"),
+        (gzip.compress(b"{}"), "is a parquet or gzip file"),
+    ],
+    ids=["empty", "a line", "lines", "parquet", "gzip"],
+)
+def test_a_file_that_holds_no_rows_is_told_what_is_read(content, words, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"rows\.jsonl: .*no rows"):
+    with pytest.raises(ValueError) as error:
         load_preferences(tmp_path / "rows.jsonl")
+    assert str(error.value) == f"{tmp_path / 'rows.jsonl'}: {words}; {HINT}"
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "."])
-def test_a_missing_file_is_named(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+@pytest.mark.parametrize(
+    "name, words", [("absent.jsonl", "no such file"), ("", "is a folder, not a file")]
+)
+def test_a_missing_file_is_named(name, words, tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
         load_preferences(tmp_path / name)
+    assert str(error.value) == f"{tmp_path / name}: {words}; {HINT}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda text: text.replace(b"\n", b"\r\n"), lambda text: b"\xef\xbb\xbf" + text],
+    ids=["CRLF", "BOM"],
+)
+def test_what_windows_writes_is_read(change, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", row(), row("\u00e9"))
+    wanted = load_preferences(file)
+    file.write_bytes(change(file.read_bytes()))
+    assert load_preferences(file) == wanted
 
 
 # -----------------------------------------------------------------------------
@@ -266,16 +281,30 @@ def test_identical_and_empty_responses_are_dropped(chosen, rejected, max_length,
     assert isinstance(pair, Pair) if reason is None else reason in pair
 
 
+DROPPED = [("q", "a", "a"), ("q", "", "b"), ("q", "c", "c"), ("q" * 9, "a", "b")]
+
+
 def test_drops_are_counted_by_reason():
-    texts = [("q", "a", "b"), ("q", "a", "a"), ("q", "", "b"), ("q", "c", "c"), ("q" * 9, "a", "b")]
-    rows = [row_of(*text) for text in texts]
+    rows = [row_of(*texts) for texts in [("q", "a", "b"), *DROPPED]]
     (pair,), dropped = encode_rows(Letters(), rows, 99, 8)
     assert pair.where == rows[0].where and tokens(pair) == [[1, 113], [97, 2], [98, 2]]
     assert sum(dropped.values()) == 4 and sorted(dropped.values()) == [1, 1, 2]
+
+
+def test_when_no_pair_is_left_the_reasons_are_said():
     with pytest.raises(ValueError, match="no pairs left") as error:
-        encode_rows(Letters(), rows[1:], 99, 8)
+        encode_rows(Letters(), [row_of(*texts) for texts in DROPPED], 99, 8)
     for word in ("4 rows", "2 identical", "1 empty", "1 prompt over 8"):
         assert word in str(error.value)
+
+
+def test_hold_out_keeps_the_rows_of_a_prompt_together():
+    """A quarter of nine prompts, rounded, is two, with the three rows that each has."""
+    rows = [row_of([user(f"q{i % 9}")], f"a{i}", "b") for i in range(27)]
+    train, held_out = data.hold_out(rows, 0.25, seed=42)
+    assert len(held_out) == 6 and len({row.prompt[0]["content"] for row in held_out}) == 2
+    assert [row for row in rows if row not in held_out] == train  # in their order
+    assert data.hold_out(rows, 0.01, seed=42)[1]  # one prompt at least
 
 
 def test_a_tokenizer_without_bos_and_eos():
@@ -284,6 +313,78 @@ def test_a_tokenizer_without_bos_and_eos():
 
     assert tokens(encode_pair(Bare(), row_of("q", "a", "b"), 9, 9)) == [[113], [97], [98]]
     assert "empty prompt" in encode_pair(Bare(), row_of("", "a", "b"), 9, 9)
+
+
+# -----------------------------------------------------------------------------
+# Pairs by a real tokenizer
+
+
+def test_a_pair_is_a_prompt_and_two_continuations(tokenizer):
+    """BOS once in front, EOS once behind each response, and no dummy space between."""
+    for prompt, response in (("What is 2+2?", "4"), ("What is 2+2?", " 4"), ("The tea", "cher")):
+        pair = encode_pair(tokenizer, row_of(prompt, response, "other"), 999, 999)
+        assert tokens(pair) == [
+            [1, *tokenizer.encode(prompt)],
+            [*tokenizer.encode(response, continuation=True), 2],
+            [*tokenizer.encode("other", continuation=True), 2],
+        ]
+
+
+def test_real_pairs_decode_to_what_was_read(shared):
+    """1100 rows of which 6 are ties, through Llama 2's tokenizer; no special token is lost."""
+    t = load_tokenizer(shared / "llama2-tokenizer")
+    rows = load_preferences(shared / "politeness-pairs.jsonl")
+    pairs, dropped = encode_rows(t, rows, 512, 256)
+    row_at = {row.where: row for row in rows}
+    assert len(rows) == 1100 and len(pairs) == 1094 and list(dropped.values()) == [6]
+    assert "identical" in next(iter(dropped))
+    for pair in pairs:
+        (prompt, *responses), r = tokens(pair), row_at[pair.where]
+        for ids, text in zip(responses, (r.chosen, r.rejected), strict=True):
+            assert prompt[0] == t.bos_id and ids[-1] == t.eos_id
+            assert Counter(prompt + ids)[t.bos_id] == Counter(ids)[t.eos_id] == 1
+            assert t.decode(prompt[1:] + ids[:-1]) == r.prompt + text
+
+
+def test_messages_end_at_eos_once(tokenizer):
+    """The template's newline behind EOS is never generated, so it is not trained on."""
+    pair = encode_pair(tokenizer, row_of([Q], [YES], [NO]), 99, 99)
+    assert tokens(pair) == [
+        [1, *tokenizer.encode("<|user|>\nq</s>\n<|assistant|>\n")],
+        [*tokenizer.encode("yes", continuation=True), 2],
+        [*tokenizer.encode("no", continuation=True), 2],
+    ]
+
+
+def test_an_empty_message_is_an_empty_response(tokenizer):
+    pair = encode_pair(tokenizer, row_of([Q], [assistant("")], [NO]), 99, 99)
+    assert pair == "empty response"
+
+
+LOOP = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def test_bos_and_eos_are_there_once_whether_or_not_a_template_writes_them(make_tokenizer):
+    pairs = []
+    for template in (LOOP, "{{ bos_token }}" + LOOP):
+        t = make_tokenizer(chat_template=template, legacy=True)
+        pairs.append(tokens(encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)))
+        text = t.encode("[q]"), t.encode("[yes]", continuation=True)
+        assert pairs[-1][:2] == [[1, *text[0]], [*text[1], 2]]
+    assert pairs[0] == pairs[1]
+
+
+def test_a_template_that_changes_the_prompt_once_it_is_answered_is_refused(make_tokenizer):
+    t = make_tokenizer(chat_template=LOOP + "{{ eos_token }}")
+    with pytest.raises(ValueError, match=r"^rows\.jsonl:7: .*changes the prompt"):
+        encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)
+
+
+def test_what_a_template_refuses_is_said_with_file_and_line(make_tokenizer):
+    template = "{{ raise_exception('roles must alternate') }}"
+    t = make_tokenizer(chat_template=template)
+    with pytest.raises(ValueError, match=r"^rows\.jsonl:7: .*roles must alternate"):
+        encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)
 
 
 # -----------------------------------------------------------------------------
@@ -391,344 +492,30 @@ def test_a_prediction_is_one_position_ahead_in_its_own_branch():
 
 
 # -----------------------------------------------------------------------------
-# The tokenizer
-
-TEXTS = [
-    ("What is 2+2?", "4"),
-    ("What is 2+2?", " 4"),
-    ("2+2=", "4"),
-    ("The teacher likes", " a violin."),
-    ("The tea", "cher"),
-    ("two  spaces ", "  and three   "),
-    ("line\n", "\nline\n\n"),
-    ("naïve 日本", "語 😀"),
-    ("\ttab", "\x00\x07"),
-    ("<|user|>\nHi\n<|assistant|>\n", "Hello."),
-    ("<s", ">"),
-]
-
-
-@pytest.mark.parametrize("prompt, response", TEXTS)
-def test_a_response_is_a_continuation(prompt, response, either_tokenizer):
-    t = either_tokenizer
-    ids = t.encode(prompt) + t.encode(response, continuation=True)
-    assert t.decode(ids) == prompt + response
-    pair = encode_pair(t, row_of(prompt, response, "other"), 999, 999)
-    assert tokens(pair)[:2] == [
-        [t.bos_id, *t.encode(prompt)],
-        [*t.encode(response, continuation=True), t.eos_id],
-    ]
-
-
-def test_encoding_is_the_librarys(either_tokenizer, sentencepiece_model):
-    """At a text's start; and a continuation is the same without the dummy space."""
-    t = either_tokenizer
-    for text in [text for pair in TEXTS for text in pair]:
-        assert t.encode(text) == t.sp.encode(text)
-    with_space, without = t.encode("violin"), t.encode("violin", continuation=True)
-    assert with_space != without and t.encode(" violin", continuation=True) == with_space
-    assert t.encode("") == t.encode("", continuation=True) == []
-    assert t.decode([]) == ""
-
-
-def test_real_pairs_decode_to_what_was_read(shared):
-    """1100 rows of which 6 are ties, through Llama 2's tokenizer; no special token is lost."""
-    t = load_tokenizer(shared / "llama2-tokenizer")
-    rows = load_preferences(shared / "politeness-pairs.jsonl")
-    pairs, dropped = encode_rows(t, rows, 512, 256)
-    row_at = {row.where: row for row in rows}
-    assert len(rows) == 1100 and len(pairs) == 1094 and list(dropped.values()) == [6]
-    assert "identical" in next(iter(dropped))
-    for pair in pairs:
-        (prompt, *responses), r = tokens(pair), row_at[pair.where]
-        for ids, text in zip(responses, (r.chosen, r.rejected), strict=True):
-            assert prompt[0] == t.bos_id and ids[-1] == t.eos_id
-            assert Counter(prompt + ids)[t.bos_id] == Counter(ids)[t.eos_id] == 1
-            assert t.decode(prompt[1:] + ids[:-1]) == r.prompt + text
-
-
-def test_collapsing_spaces_do_not_swallow_a_word_boundary(shared):
-    """stories260K's tokenizer turns runs of spaces into one and strips those at a text's start."""
-    t = load_tokenizer(shared / "stories260K")
-    for prompt, response, wanted in [
-        ("The cat", " sat", "The cat sat"),
-        ("The cat", "  sat  down", "The cat sat down"),
-        ("The ca", "t sat", "The cat sat"),
-        ("2+2=", "4", "2+2=4"),
-    ]:
-        assert t.decode(t.encode(prompt) + t.encode(response, continuation=True)) == wanted
-
-
-def test_special_token_text_becomes_the_id(tokenizer):
-    t = tokenizer
-    hello = t.encode("hello", continuation=True)
-    assert (t.bos_id, t.eos_id, t.vocab_size) == (1, 2, 400)
-    assert t.encode("hello</s>hello") == [*t.encode("hello"), 2, *hello]
-    assert t.encode("<s></s><unk>") == [1, 2, 0]
-    assert t.encode("hello", bos=True, eos=True) == [1, *t.encode("hello"), 2]
-    assert t.encode("", bos=True, eos=True) == [1, 2]
-    assert t.decode([1, *hello, 2, *hello, 2]) == "<s>hello</s>hello</s>"
-    assert t.decode(torch.tensor([2])) == "</s>"
-    for nobody in (-1, 400):  # a padded embedding can give such ids: they have no text
-        assert t.decode([nobody, *hello]) == "hello"
-
-
-def test_special_tokens_match_leftmost_then_longest(make_tokenizer):
-    added = {"400": {"content": "<a>"}, "401": {"content": "<a><b>"}, "402": {"content": "b><a>x"}}
-    t = make_tokenizer({"added_tokens.json": {"(*)": 405}}, added_tokens_decoder=added)
-    assert t.vocab_size == 406  # 1 + the largest id: 403 and 404 are nobody's
-    assert t.encode("<a>") == [400]
-    assert t.encode("<a><b>") == [401]  # longest
-    assert t.encode("<a><b><a>x") == [401, 400, *t.encode("x", continuation=True)]  # leftmost
-    assert t.encode("(*)(*)") == [405, 405]  # is no pattern
-    assert t.decode([401, 400, 405]) == "<a><b><a>(*)"
-    assert t.decode([401, 403]) == "<a><b>"
-
-
-@pytest.mark.parametrize("legacy", [True, False, None])
-def test_only_legacy_adds_the_dummy_space_behind_a_special_token(legacy, make_tokenizer):
-    t = make_tokenizer(**({} if legacy is None else {"legacy": legacy}))
-    behind = t.encode("violin") if legacy else t.encode("violin", continuation=True)
-    assert t.encode("<s>violin</s>violin") == [1, *behind, 2, *behind]
-    assert t.encode("violin</s>violin", continuation=True) == [
-        *t.encode("violin", continuation=True),
-        2,
-        *behind,
-    ]
-    assert t.encode("violin", bos=True) == [1, *t.encode("violin")]  # a text's start in any case
-
-
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
-@pytest.mark.parametrize("as_object", [False, True], ids=["text", "AddedToken"])
-def test_bos_and_eos_from_either_file_and_form(file, as_object, make_tokenizer):
-    names = {"bos_token": "<begin>", "eos_token": "<end>"}
-    if as_object:
-        names = {k: {"content": v, "lstrip": False, "special": True} for k, v in names.items()}
-    added = {"<begin>": 400, "<end>": 401}
-    t = make_tokenizer({file: names, "added_tokens.json": added})
-    assert (t.bos_id, t.eos_id, t.vocab_size) == (400, 401, 402)
-    assert t.encode("", bos=True, eos=True) == [400, 401]
-    assert t.apply_chat_template([user("q")]) == "<|user|>\nq<end>\n"
-
-
-def test_without_a_config_the_model_itself_has_bos_and_eos(sentencepiece_model, tmp_path):
-    """And a file will do in place of a folder."""
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
-    for path in (tmp_path, tmp_path / "tokenizer.model", str(tmp_path)):
-        t = load_tokenizer(path)
-        assert (t.bos_id, t.eos_id) == (1, 2)
-
-
-def test_a_null_bos_is_none(make_tokenizer):
-    t = make_tokenizer(bos_token=None, eos_token="</s>")
-    assert t.bos_id is None and t.encode("hello", bos=True) == t.encode("hello")
-    assert encode_prompt(t, "hello") == t.encode("hello")
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"tokenizer_config.json": "{"},
-        {"tokenizer_config.json": "[]"},
-        {"special_tokens_map.json": "3"},
-        {"added_tokens.json": "[" * 100_000},
-        {"added_tokens.json": {"<a>": "four"}},
-        {"tokenizer_config.json": {"added_tokens_decoder": ["<a>"]}},
-        {"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "<a>"}}}},
-        {"tokenizer_config.json": {"added_tokens_decoder": {"400": {}}}},
-        {"tokenizer_config.json": {"eos_token": ["</s>"]}},
-        {"tokenizer_config.json": {"chat_template": ["default"]}},
-    ],
-    ids=lambda files: str(files)[:70],
-)
-def test_a_broken_tokenizer_file_is_an_error_with_the_path(files, make_tokenizer, tmp_path):
-    with pytest.raises(ValueError) as error:
-        make_tokenizer(files)
-    assert str(error.value).startswith(str(tmp_path / "made")) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("change", ["absent", "half", "noise", "empty"])
-def test_a_broken_sentencepiece_model_is_named(change, sentencepiece_model, tmp_path):
-    content = {"half": sentencepiece_model[:4001], "noise": b"\xff" * 99, "empty": b""}
-    if change != "absent":
-        (tmp_path / "tokenizer.model").write_bytes(content[change])
-    with pytest.raises((FileNotFoundError, ValueError), match=r"tokenizer\.model: "):
-        load_tokenizer(tmp_path)
-
-
-def test_a_vocabulary_of_150000_loads_in_two_seconds(sentencepiece_model, tmp_path):
-    """Pieces are appended by hand: field 1 of the model, of text (1) and score (2, a float)."""
-    pieces = []
-    for i in range(150_000):
-        piece = f"piece{i}".encode()
-        body = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + struct.pack("<f", -1000.0 - i)
-        pieces.append(b"\x0a" + bytes([len(body)]) + body)
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model + b"".join(pieces))
-    start = time.process_time()  # other processes do not count
-    t = load_tokenizer(tmp_path)
-    assert time.process_time() - start < 2
-    assert t.vocab_size == 150_400 and t.decode([150_399]) == "piece149999"
-
-
-def test_the_tokenizer_of_the_fixtures_is_reproducible(tiny_tokenizer, tiny_llama):
-    """Ids in tests are fixed; both folders hold the same model."""
-    a, b = (load_tokenizer(folder) for folder in (tiny_tokenizer, tiny_llama))
-    assert a.encode("The teacher likes 10 clocks.") == b.encode("The teacher likes 10 clocks.")
-    assert isinstance(a.sp, sentencepiece.SentencePieceProcessor)
-
-
-# -----------------------------------------------------------------------------
-# Chat templates
-
-
-def test_the_authors_template_is_the_default(tokenizer):
-    messages = [SYSTEM, user(" q\n"), assistant("<yes> & 'é'")]
-    wanted = "<|system|>\ns</s>\n<|user|>\n q\n</s>\n<|assistant|>\n<yes> & 'é'</s>\n"
-    assert tokenizer.apply_chat_template(messages) == wanted
-    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)
-    assert prompt == "<|system|>\ns</s>\n<|user|>\n q\n</s>\n<|assistant|>\n"
-
-
-def test_messages_end_at_eos_once(tokenizer):
-    """The template's newline behind EOS is never generated, so it is not trained on."""
-    pair = encode_pair(tokenizer, row_of([Q], [YES], [NO]), 99, 99)
-    assert tokens(pair) == [
-        [1, *tokenizer.encode("<|user|>\nq</s>\n<|assistant|>\n")],
-        [*tokenizer.encode("yes", continuation=True), 2],
-        [*tokenizer.encode("no", continuation=True), 2],
-    ]
-    assert encode_pair(tokenizer, row_of([Q], [assistant("")], [NO]), 99, 99).startswith("empty")
-
-
-def test_bos_and_eos_are_there_once_whether_or_not_a_template_writes_them(make_tokenizer):
-    loop = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    pairs = []
-    for template in (loop, "{{ bos_token }}" + loop):
-        t = make_tokenizer(chat_template=template, legacy=True)
-        pairs.append(tokens(encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)))
-        text = t.encode("[q]"), t.encode("[yes]", continuation=True)
-        assert pairs[-1][:2] == [[1, *text[0]], [*text[1], 2]]
-    assert pairs[0] == pairs[1]
-    t = make_tokenizer(chat_template=loop + "{{ eos_token }}")
-    with pytest.raises(ValueError, match=r"^rows\.jsonl:7: .*changes the prompt"):
-        encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)
-
-
-MINE = "{% for m in messages %}mine {{ m.content }};{% endfor %}"
-OTHER = "other"
-
-
-@pytest.mark.parametrize(
-    "files, config",
-    [
-        ({}, {"chat_template": MINE}),
-        ({"chat_template.jinja": MINE}, {}),
-        ({"chat_template.jinja": MINE}, {"chat_template": OTHER}),
-        (
-            {},
-            {
-                "chat_template": [
-                    {"name": "tool_use", "template": OTHER},
-                    {"name": "default", "template": MINE},
-                ]
-            },
-        ),
-    ],
-    ids=["config", "file", "file-first", "named"],
-)
-def test_a_tokenizers_own_template_is_used(files, config, make_tokenizer):
-    t = make_tokenizer(files, **config)
-    assert t.apply_chat_template([user("a"), assistant("b")]) == "mine a;mine b;"
-
-
-@pytest.mark.parametrize(
-    "template, wanted",
-    [
-        ("{% if true %}\nx\n{% endif %}\ny", "x\ny"),  # trim_blocks
-        ("  {% if true %}x{% endif %}", "x"),  # lstrip_blocks
-        ("{{ bos_token }}{{ eos_token }}{{ unk_token }}", "<s></s><unk>"),
-        ("{{ messages[0]['content'] }}{{ messages[0].role }}", "quser"),
-        ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1"),
-        ("{{ {'b': '<é>', 'a': [1]} | tojson }}", '{"b": "<é>", "a": [1]}'),
-        ("{% set n = namespace(x=1) %}{% set n.x = 2 %}{{ n.x }}", "2"),
-        ("{% if tools is none and documents is none %}none{% endif %}", "none"),
-        ("{% if tools %}tools{% endif %}{{ undefined_name }}", ""),
-        ("{{ strftime_now('%Y') | length }}", "4"),
-        ("{{ ' x ' | trim }}{{ 'a,b'.split(',')[1] }}", "xb"),
-        ("a{% generation %}b{% endgeneration %}c", "abc"),
-        ("<&'\">", "<&'\">"),
-        ("x\n", "x"),  # jinja2's default, and so transformers'
-    ],
-)
-def test_a_template_is_given_what_transformers_gives(template, wanted, make_tokenizer):
-    assert make_tokenizer(chat_template=template).apply_chat_template([user("q")]) == wanted
-
-
-HOSTILE = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ ''['__class__']['__mro__'][1] }}",
-    "{{ (messages | attr('__class__')).__mro__ }}",
-    "{{ messages[0].__init__.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.mkdir(PATH) }}",
-    "{{ lipsum.__globals__['os'].mkdir(PATH) }}",
-    "{{ raise_exception.__globals__.os.mkdir(PATH) }}",
-    "{{ strftime_now.__globals__['os'].mkdir(PATH) }}",
-    "{{ (strftime_now | attr('__globals__'))['os'].mkdir(PATH) }}",
-    "{{ self._TemplateReference__context.environment.from_string('x').render() }}",
-    "{{ '{0.__class__.__mro__[1].x}'.format(messages) }}",
-    "{% include '/etc/hostname' %}",
-    "{% import 'os' as os %}",
-    "{{ messages.append(1) }}",
-    "{{ messages.clear() }}",
-    "{{ messages[0].update(content='x') }}",
-    "{{ messages[0].pop('content') }}",
-    "{% set messages[0].content = 'x' %}",
-    "{% for i in range(10 ** 9) %}{% endfor %}",
-    "{% for i in range(3) %}{{ raise_exception('no ' ~ i) }}{% endfor %}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ 1 / 0 }}",
-    "{{ messages.nothing.at_all }}",
-    "{{ messages[0].content + 1 }}",
-    "{% if %}",
-    "{{ undefined_name() }}",
-]
-
-
-@pytest.mark.parametrize("template", HOSTILE)
-def test_a_hostile_or_broken_template_is_an_error_and_nothing_else(
-    template, make_tokenizer, tmp_path
-):
-    path = tmp_path / "made-by-template"
-    t = make_tokenizer(chat_template=template.replace("PATH", repr(str(path))))
-    messages = [user("q")]
-    with pytest.raises(ValueError, match="chat template") as error:
-        t.apply_chat_template(messages)
-    assert messages == [user("q")] and not path.exists()
-    assert "\n" not in str(error.value)
-
-
-def test_what_a_template_refuses_is_said_with_file_and_line(make_tokenizer):
-    template = "{{ raise_exception('roles must alternate') }}"
-    t = make_tokenizer(chat_template=template)
-    with pytest.raises(ValueError, match=r"^rows\.jsonl:7: .*roles must alternate"):
-        encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)
-
-
-# -----------------------------------------------------------------------------
 # python data.py
 
 
-def test_shown_tokens_are_the_text(tokenizer):
+@pytest.fixture
+def shown(tokenizer):
+    """A pair, and how it is shown without and with colours."""
     pair = encode_pair(tokenizer, row_of("The teacher:", " a\nviolin", "10"), 99, 99)
-    plain, coloured = (data.show(pair, tokenizer, colour=c) for c in (False, True))
+    return pair, *(data.show(pair, tokenizer, colour=colour) for colour in (False, True))
+
+
+def test_shown_tokens_are_the_text(shown):
+    pair, plain, _ = shown
     lines = plain.splitlines()
     for count, name, n in zip(lines[0::2], Pair._fields[:3], pair.lengths, strict=True):
         assert count.startswith(f"{name}: {n} tokens")
     texts = [line.strip().replace("·", "") for line in lines[1::2]]
     assert texts == ["<s> The teacher:", "a\\nviolin</s>", "10</s>"]
     assert "\x1b" not in plain
+
+
+def test_colours_tell_context_from_what_is_made_likelier_and_less_likely(shown):
+    *_, coloured = shown
     paints = [line.strip()[:5] for line in coloured.splitlines()[1::2]]
-    assert [p.split("m")[0] for p in paints] == ["\x1b[2", "\x1b[32", "\x1b[31"]  # context, +, -
+    assert [p.split("m")[0] for p in paints] == ["\x1b[2", "\x1b[32", "\x1b[31"]
     assert coloured.count("\x1b[0m") == 3
 
 

@@ -1,12 +1,8 @@
 """Several processes, over gloo on the CPU, take the very steps that one takes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,36 +11,17 @@ import torch
 import data
 import train
 from model import ModelConfig, Transformer
-from tests.test_train import CLOCKS, fails, run
-
-ROOT = Path(train.__file__).resolve().parent
-
-
-def start(n: int, arguments: list[str], script: Path = ROOT / "train.py") -> subprocess.Popen:
-    """train.py on n processes; 1 is without torchrun."""
-    words = [sys.executable]
-    if n > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    environment = os.environ | environment
-    words += [str(script), *arguments]
-    return subprocess.Popen(
-        words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def rows_of(file: Path) -> list[dict]:
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def launch(n: int, arguments: list[str], *more: str) -> tuple[list[dict], str]:
-    """The rows that a whole run wrote, and what it printed."""
-    arguments = [*arguments, *more]
-    process = start(n, arguments)
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, printed + errors
-    return rows_of(Path(arguments[arguments.index("--out") + 1]) / "metrics.jsonl"), printed
+from tests.runs import (
+    UNEVEN,
+    compare,
+    compare_models,
+    fails,
+    files,
+    launch,
+    rows_of,
+    run,
+    start,
+)
 
 
 def random_pairs(n: int, seed: int) -> list[data.Pair]:
@@ -52,19 +29,28 @@ def random_pairs(n: int, seed: int) -> list[data.Pair]:
     return [data.Pair(*([1] * k for k in row)) for row in rng.integers(2, 90, (n, 3)).tolist()]
 
 
-def test_every_pair_has_one_rank_and_the_shares_are_even_in_tokens():
+def shares_of_steps():
+    """Steps of 1 to 64 pairs, and their shares for 1 to 8 processes."""
     for n in (1, 2, 3, 5, 17, 64):
         for world in (1, 2, 3, 8):
             pairs = random_pairs(n, seed=n)
             shares = data.balance_over_ranks(pairs, world)
             assert len(shares) == world
-            dealt = sorted(id(pair) for share in shares for pair in share)
-            assert dealt == sorted(map(id, pairs))
-            tokens = [sum(pair.n_tokens for pair in share) for share in shares]
-            # Whoever has the most got his last, smallest pair when he had the least.
-            assert max(tokens) - min(tokens) <= max(pair.n_tokens for pair in pairs)
-            assert n < 64 or max(tokens) < 1.02 * sum(tokens) / world
-    assert data.balance_over_ranks(pairs, 1) == [pairs]  # in their order
+            yield pairs, shares
+
+
+def test_every_pair_has_one_rank():
+    for pairs, shares in shares_of_steps():
+        assert sorted(id(pair) for share in shares for pair in share) == sorted(map(id, pairs))
+        assert len(shares) > 1 or shares == [pairs]  # in their order
+
+
+def test_the_shares_are_even_in_tokens():
+    for pairs, shares in shares_of_steps():
+        tokens = [sum(pair.n_tokens for pair in share) for share in shares]
+        # Whoever has the most got his last, smallest pair when he had the least.
+        assert max(tokens) - min(tokens) <= max(pair.n_tokens for pair in pairs)
+        assert len(pairs) < 64 or max(tokens) < 1.02 * sum(tokens) / len(shares)
 
 
 @pytest.mark.parametrize("sft_loss", ["response", "full"])
@@ -107,7 +93,6 @@ def test_an_empty_micro_batch_adds_zeros():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-UNEVEN = ["--batch-size", "7", "--max-steps", "8", "--micro-batch-tokens", "100", "--lr", "1e-3"]
 SHARD = ("--shard", "--activation-checkpointing")
 
 
@@ -123,12 +108,6 @@ def one_process(folder, tmp_path_factory):
         return runs[flags]
 
     return rows
-
-
-def files(folder: Path) -> list[str]:
-    names = {"model": "model", "data": "train.jsonl", "eval-data": "eval.jsonl"}
-    flags = [x for flag, name in names.items() for x in (f"--{flag}", str(folder / name))]
-    return [*flags, "--device", "cpu"]
 
 
 # Runs of train.py one after the other in the same processes, as starting them takes longest.
@@ -259,16 +238,3 @@ def test_a_run_goes_on_over_2_then_1_then_2_processes(folder, one_process, tmp_p
 def test_sharding_needs_several_processes(folder, tmp_path, capsys):
     arguments = [*files(folder), "--out", str(tmp_path), "--shard"]
     assert "torchrun --nproc-per-node" in fails(capsys, arguments)
-
-
-def compare(one: list[dict], two: list[dict], rel: float):
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    for a, b in zip(one, two, strict=True):
-        a, b = ({k: v for k, v in row.items() if k not in CLOCKS} for row in (a, b))
-        assert a == pytest.approx(b, rel=rel, abs=2e-6)
-
-
-def compare_models(one: Path, two: Path, most: float):
-    models = [Transformer.from_pretrained(out / "model") for out in (one, two)]
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=most)

@@ -1,4 +1,4 @@
-"""How the files fit together: who imports whom, and that the method stands before the engineering."""
+"""How the files fit together: who imports whom, and that the method comes before engineering."""
 
 import ast
 import sys

@@ -17,9 +17,19 @@ import torch
 import data
 import train
 from model import ModelConfig, Transformer
-from tests.test_train import fails, run, steps
+from tests.runs import (
+    ROOT,
+    TWELVE_STEPS,
+    Killed,
+    evaluations,
+    fails,
+    files,
+    kill_at,
+    run,
+    steps,
+    weights,
+)
 
-ROOT = Path(train.__file__).resolve().parent
 # Runs train.py, and at the n-th call of a function sends its own process a signal, as often.
 DRIVER = """
 import os, pkgutil, signal, sys
@@ -46,18 +56,34 @@ def interrupted(target: str, n: int, number: int, arguments: list[str], times: i
     )
 
 
-def weights(out: Path) -> bytes:
-    return (out / "model" / "model.safetensors").read_bytes()
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory) -> tuple[list[dict], Path]:
+    """Rows and folder of a run of `arguments` that evaluates every four steps."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    return run([*files(folder), "--out", str(out), *TWELVE_STEPS, "--eval-every", "4"]), out
 
 
-def evaluations(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if "eval_loss" in row]
+def assert_the_same_run(rows: list[dict], out: Path, wanted: tuple[list[dict], Path]):
+    """The same metrics at every step and evaluation, and the same model, to the bit."""
+    assert steps(rows) == steps(wanted[0]) and evaluations(rows) == evaluations(wanted[0])
+    assert weights(out) == weights(wanted[1])
 
 
-def test_killed_three_times_it_ends_as_if_it_had_not_been(arguments, tmp_path):
+@pytest.mark.parametrize(("save_every", "killed_at"), [(4, 10), (4, 3), (5, 6)])
+def test_resume_is_bitwise(arguments, evaluated, tmp_path, monkeypatch, save_every, killed_at):
+    """Killed after a checkpoint, before the first one, and right behind one."""
+    arguments += ["--save-every", str(save_every), "--eval-every", "4"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, killed_at)
+        run(arguments)
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 9, "lo')  # a row half written
+    assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", evaluated)
+
+
+def test_killed_three_times_it_ends_as_if_it_had_not_been(arguments, evaluated, tmp_path):
     """Before the first checkpoint, in the middle of saving the second, while an old one goes."""
     arguments += ["--save-every", "3", "--eval-every", "4"]
-    whole = run(arguments, "--out", str(tmp_path / "whole"))
     folder, seen = tmp_path / "out" / "checkpoints", []
     for target, n in (
         ("train.write_row", 3),  # step 2's
@@ -69,9 +95,7 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(arguments, tmp_path):
         seen.append(sorted(f.name for f in folder.glob("*")))
     assert seen[0] == [] and seen[1] == ["step-00000003", "unfinished"]
     assert seen[2] == [f"step-0000000{k}" for k in (3, 6, 9)]
-    rows = run(arguments, "--resume")
-    assert steps(rows) == steps(whole) and evaluations(rows) == evaluations(whole)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", evaluated)
 
 
 @pytest.mark.slow
@@ -93,14 +117,24 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(arguments
         process.kill()
         killed += process.wait() == -signal.SIGKILL
     assert killed > 10
-    rows = run(arguments, "--resume")
-    assert steps(rows) == steps(whole) and evaluations(rows) == evaluations(whole)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", (whole, tmp_path / "whole"))
 
 
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_with_smaller_micro_batches(arguments, whole, monkeypatch):
+    """Whoever ran out of memory can."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 8)
+        run(arguments, "--save-every", "5")
+    smaller = ["--micro-batch-tokens", "60", "--activation-checkpointing", "--save-every", "3"]
+    resumed = steps(run(arguments, "--resume", *smaller))
+    for row, wanted in zip(resumed, steps(whole.rows), strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+
+
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(
+    arguments, whole, tmp_path, monkeypatch, capsys
+):
     """SIGTERM is sent in test_distributed.py."""
-    whole = run(arguments, "--out", str(tmp_path / "whole"))
     training_step, taken = train.training_step, []
 
     def signalled(*args):
@@ -118,9 +152,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(arguments, tmp_path, m
     printed = capsys.readouterr().out.splitlines()[-1]
     assert "after step 5 of 12" in printed and "--resume" in printed
     assert not (tmp_path / "out" / "model").exists()
-    rows = run(arguments, "--resume")
-    assert steps(rows) == steps(whole)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", (whole.rows, whole.out))
 
 
 def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path):
@@ -135,11 +167,28 @@ def truncate(file: Path):
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory) -> tuple[list[str], Path, list[dict]]:
-    """Flags, folder and rows of a run that has ended, with checkpoints of steps 3 and 6."""
-    flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
-    flags += ["--max-steps", "8", "--batch-size", "8", "--save-every", "3", "--device", "cpu"]
+    """Flags, folder and rows of a run that has ended, with checkpoints of steps 4 and 8."""
+    flags = [*files(folder), "--max-steps", "8", "--batch-size", "8", "--save-every", "4"]
     out = tmp_path_factory.mktemp("finished") / "out"
     return flags, out, run(flags, "--out", str(out))
+
+
+@pytest.fixture
+def moved(finished, tmp_path) -> list[str]:
+    """Flags by which the finished run is resumed in another folder."""
+    flags, out, _ = finished
+    shutil.copytree(out, tmp_path / "out")
+    return [*flags, "--out", str(tmp_path / "out"), "--resume"]
+
+
+def test_a_finished_run_resumes_to_itself(finished, moved):
+    """Also where it has moved. Nothing is computed again, as the clocks' numbers tell."""
+    assert run(moved) == finished[2]
+
+
+def test_resuming_with_other_settings_is_refused_by_name(moved, capsys):
+    message = fails(capsys, [*moved, "--lam", "0.5"])
+    assert "lam was 0.1 in " in message and "now 0.5" in message
 
 
 @pytest.mark.parametrize(
@@ -154,24 +203,18 @@ def finished(folder, tmp_path_factory) -> tuple[list[str], Path, list[dict]]:
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
-    finished, tmp_path, capsys, name, damage
+    finished, moved, tmp_path, capsys, name, damage
 ):
-    flags, whole, rows = finished
-    shutil.copytree(whole, tmp_path / "out")
-    damage(tmp_path / "out" / "checkpoints" / "step-00000006" / name)
-    assert steps(run(flags, "--out", str(tmp_path / "out"), "--resume")) == steps(rows)
-    assert "step-00000006: an older one is tried" in capsys.readouterr().err
-    assert weights(tmp_path / "out") == weights(whole)
+    _, whole, rows = finished
+    damage(tmp_path / "out" / "checkpoints" / "step-00000008" / name)
+    assert_the_same_run(run(moved), tmp_path / "out", (rows, whole))
+    assert "step-00000008: an older one is tried" in capsys.readouterr().err
 
 
-def test_without_a_readable_checkpoint_nothing_is_made_up(finished, tmp_path, capsys):
-    flags, whole, _ = finished
-    shutil.copytree(whole, tmp_path / "out")
+def test_without_a_readable_checkpoint_nothing_is_made_up(moved, tmp_path, capsys):
     for file in (tmp_path / "out" / "checkpoints").glob("*/__0_0.distcp"):
         truncate(file)
-    assert "none can be read" in fails(
-        capsys, [*flags, "--out", str(tmp_path / "out"), "--resume"], 5
-    )
+    assert "none can be read" in fails(capsys, moved, before=2)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -182,11 +225,10 @@ def test_so_many_checkpoints_are_kept(arguments, tmp_path, keep):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
-    arguments, tmp_path, monkeypatch, capsys
+    arguments, whole, tmp_path, monkeypatch, capsys
 ):
     """No file may grow beyond 100 KB once the first checkpoint is written; then it may again."""
     arguments += ["--save-every", "4"]
-    whole = run(arguments, "--out", str(tmp_path / "whole"))
     save, saved = train.save_checkpoint, []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -206,8 +248,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     assert "step-00000004;" in message and "--resume" in message
     left = [f.name for f in (tmp_path / "out" / "checkpoints").iterdir()]
     assert left == ["step-00000004"]
-    assert steps(run(arguments, "--resume")) == steps(whole)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", (whole.rows, whole.out))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,12 +13,22 @@ import orpo
 import train
 from checkpoint import FAMILIES
 from model import Linear, LoRALinear, ModelConfig, Transformer
-from tests.test_distributed import UNEVEN, compare, compare_models, files, launch
-from tests.test_speed import Products, some_pairs, tiny
-from tests.test_speed import step as one_step
-from tests.test_train import FACTS, Killed, fails, kill_at, run, steps
-
-CPU = torch.device("cpu")
+from tests.models import tiny
+from tests.one_step import Products, keys_seen, one_step, some_pairs
+from tests.runs import (
+    FACTS,
+    UNEVEN,
+    Killed,
+    compare,
+    compare_models,
+    fails,
+    files,
+    kill_at,
+    launch,
+    run,
+    steps,
+    weights,
+)
 
 
 def adapted(seed: int, model: Transformer | None = None, rank: int = 3) -> Transformer:
@@ -72,51 +82,72 @@ def test_gradients_are_those_of_a_merged_weight(checkpointing):
             torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-9, atol=1e-13)
 
 
-def test_at_the_start_nothing_is_changed_and_only_adapters_are_trained():
-    pairs = some_pairs(6, seed=2)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = tiny(dtype).to(dtype)
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        base = loss_of(model, pairs)
-        model.add_lora(4, 16.0)
-        assert torch.equal(loss_of(model, pairs), base)
-        for _ in range(2):  # in the first step B alone has a gradient
-            one_step(model, pairs, lr=1e-2, dtype=str(dtype)[6:])
-        after = dict(model.named_parameters())
-        assert all(torch.equal(after[name], p) for name, p in before.items())
-        assert all(p.grad is None for p in after.values())
-        trained = {name for name, p in after.items() if p.requires_grad}
-        assert trained == {name for name in after if ".lora_" in name}
-        assert all(m.lora_B.any() for m in adapters(model).values())
-        assert loss_of(model, pairs) < base
-        assert all(after[name].dtype == torch.float32 for name in trained)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_at_the_start_the_loss_is_that_of_the_model_alone(dtype):
+    model, pairs = tiny(dtype).to(dtype), some_pairs(6, seed=2)
+    base = loss_of(model, pairs)
+    model.add_lora(4, 16.0)
+    assert torch.equal(loss_of(model, pairs), base)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_projection_of_every_family_and_the_merged_export(family, tmp_path):
-    """GPT-2 stores three of them in one matrix, and transposed."""
-    fields = {"family": family} | FAMILIES[family].values
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_changes_the_adapters_and_nothing_else(dtype):
+    model, pairs = tiny(dtype).to(dtype), some_pairs(6, seed=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.add_lora(4, 16.0)
+    base = loss_of(model, pairs)
+    for _ in range(2):  # in the first step B alone has a gradient
+        one_step(model, pairs, lr=1e-2, dtype=str(dtype)[6:])
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    assert all(p.grad is None for p in after.values())
+    trained = {name for name, p in after.items() if p.requires_grad}
+    assert trained == {name for name in after if ".lora_" in name}
+    assert all(after[name].dtype == torch.float32 for name in trained)
+    assert all(m.lora_B.any() for m in adapters(model).values())
+    assert loss_of(model, pairs) < base
+
+
+TOKENS = torch.arange(20).view(2, 10)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Transformer:
+    """A model of each family. GPT-2 stores three projections in one matrix, and transposed."""
+    fields = {"family": request.param} | FAMILIES[request.param].values
     sizes = {"vocab_size": 31, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**sizes | {"head_dim": 8, "max_seq_len": 32} | fields))
-    linears = {n for n, m in model.layers.named_modules() if isinstance(m, Linear)}
-    names, tokens = [name for name, _ in model.named_parameters()], torch.arange(20).view(2, 10)
-    base = model(tokens)
-    stored = copy.deepcopy(model)
-    adapted(3, model)
-    assert {f"layers.{n}" for n in linears} == set(adapters(model))
-    assert "rank" not in repr(model) and "LoRALinear" in repr(model)
-    wanted = model(tokens)
-    assert (wanted - base).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="merge_lora"):
-        model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="already"):
-        model.add_lora(2, 1.0)
-    merged = model.merge_lora(stored)
+    return Transformer(ModelConfig(**sizes | {"head_dim": 8, "max_seq_len": 32} | fields))
+
+
+def test_every_projection_of_every_family_gets_an_adapter(family):
+    linears = {n for n, m in family.layers.named_modules() if isinstance(m, Linear)}
+    base = family(TOKENS)
+    adapted(3, family)
+    assert {f"layers.{n}" for n in linears} == set(adapters(family))
+    assert (family(TOKENS) - base).abs().max() > 1e-2
+    assert "rank" not in repr(family) and "LoRALinear" in repr(family)
+
+
+def test_the_merged_model_of_every_family_is_saved_like_any_other(family, tmp_path):
+    names = [name for name, _ in family.named_parameters()]
+    stored = copy.deepcopy(family)
+    wanted = adapted(3, family)(TOKENS)
+    merged = family.merge_lora(stored)
     assert [name for name, _ in merged.named_parameters()] == names and not adapters(merged)
     merged.save_pretrained(tmp_path)
-    torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(tokens), wanted)
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(TOKENS), wanted)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_adapters_are_not_saved_before_they_are_merged(tmp_path):
+    with pytest.raises(ValueError, match="merge_lora"):
+        adapted(3).save_pretrained(tmp_path)
+
+
+def test_adapters_are_not_added_twice():
+    with pytest.raises(ValueError, match="already"):
+        adapted(3).add_lora(2, 1.0)
 
 
 def test_a_frozen_lm_head_costs_two_products_and_not_three():
@@ -145,24 +176,15 @@ def test_a_step_does_the_operations_that_the_formula_counts():
     model.add_lora(5, 8.0)
     with Products() as products:
         one_step(model, pairs)
-    counted = sum(2 * n * a * b for n, a, b in products.shapes)
     n = sum(pair.n_tokens for pair in pairs)
     first = model.layers[0].self_attn
     unneeded = sum(
         2 * n * (m.weight.numel() + m.lora_A.numel())
         for m in (first.q_proj, first.k_proj, first.v_proj)
     )
-    seen = (
-        12
-        * 2
-        * 32
-        * sum(
-            (p + c) * (p + c + 1) // 2 + r * (r + 1) // 2 + r * p
-            for p, c, r in (pair.lengths for pair in pairs)
-        )
-    )
+    attention = 12 * model.config.n_layers * model.config.dim * keys_seen(pairs)
     needed = train.step_flops(model, pairs, train.TrainConfig(sft_loss="full"))
-    assert counted == needed - seen - unneeded
+    assert products.operations == needed - attention - unneeded
 
 
 @pytest.mark.slow
@@ -190,9 +212,7 @@ def test_compiled_blocks_have_the_same_gradients():
 LORA = ["--lora-rank", "4", "--lora-alpha", "8", "--lr", "5e-2"]
 
 
-def test_a_run_resumes_to_the_bit_and_stores_adapters_alone(
-    folder, arguments, tmp_path, monkeypatch, capsys
-):
+def test_a_run_resumes_to_the_bit(arguments, tmp_path, monkeypatch):
     arguments += ["--save-every", "4", *LORA]
     whole = run(arguments, "--out", str(tmp_path / "whole"))
     assert steps(whole)[-1]["loss"] < steps(whole)[0]["loss"] - 0.1
@@ -200,14 +220,27 @@ def test_a_run_resumes_to_the_bit_and_stores_adapters_alone(
         kill_at(patch, 10)
         run(arguments)
     assert steps(run(arguments, "--resume")) == steps(whole)
-    models = [tmp_path / name / "model" / "model.safetensors" for name in ("out", "whole")]
-    assert models[0].read_bytes() == models[1].read_bytes()
-    model = Transformer.from_pretrained(folder / "model")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_the_plan_tells_the_trained_parameters_from_the_models(tiny_tokenizer, capsys):
+    model, config = tiny(), train.TrainConfig(model="m", out=".", dtype="float32")
+    n_parameters = sum(p.numel() for p in model.parameters())
     model.add_lora(4, 8.0)
     n_trained = sum(p.numel() for p in train.trainable(model))
+    tokenizer, pairs = data.load_tokenizer(tiny_tokenizer), train.PairSet(some_pairs(3, seed=6))
+    train.make_plan(model, tokenizer, pairs, train.PairSet([]), config)
+    printed = capsys.readouterr().out
+    assert f"{n_parameters:,} parameters" in printed and f"{n_trained:,} trained" in printed
+
+
+def test_a_checkpoint_holds_adapters_alone_and_a_number_to_know_the_base_again():
+    model = tiny()
+    model.add_lora(4, 8.0)
     state = train.training_state(model, train.make_optimizer(model, train.TrainConfig()))
-    assert sum(x.numel() for x in state.values()) == n_trained + 1  # to know the base again
-    assert f"{n_trained:,} trained" in capsys.readouterr().out
+    n_trained = sum(p.numel() for p in train.trainable(model))
+    assert 0 < n_trained < sum(p.numel() for p in model.parameters()) / 2
+    assert sum(x.numel() for x in state.values()) == n_trained + 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -244,15 +277,16 @@ def test_a_float32_checkpoint_stays_one_in_bfloat16_runs(tmp_path):
         )
 
 
-def test_resuming_on_another_base_is_refused(folder, arguments, monkeypatch, capsys):
-    arguments += ["--save-every", "4", *LORA]
+def test_resuming_on_another_base_is_refused(folder, arguments, tmp_path, monkeypatch, capsys):
+    base = shutil.copytree(folder / "model", tmp_path / "base")
+    arguments += ["--save-every", "4", *LORA, "--model", str(base)]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 10)
+        kill_at(patch, 6)
         run(arguments)
-    model = Transformer.from_pretrained(folder / "model")
+    model = Transformer.from_pretrained(base)
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight.mul_(1.3)
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(base)
     assert "is not the model" in fails(capsys, [*arguments, "--resume"])
 
 

@@ -10,27 +10,10 @@ import pytest
 import torch
 
 from data import Pair, micro_batches
-from model import ApplyRotary, Gather, KVCache, ModelConfig, Transformer, sample
+from model import ApplyRotary, Gather, KVCache, Transformer, sample
 from orpo import fused_linear_orpo, odds_ratio_loss, orpo_loss, response_logps
 from tests.layout import packed, plain, segments_of
-
-V = 31
-KINDS = [{"n_kv_heads": k, "tie_embeddings": t} for k in (4, 2, 1) for t in (False, True)]
-kinds = pytest.mark.parametrize(
-    "kind", KINDS, ids=[f"kv{k['n_kv_heads']}{'-tied' * k['tie_embeddings']}" for k in KINDS]
-)
-
-
-def random_model(dtype=torch.float64, seed=0, **config) -> Transformer:
-    """Weights large enough for logits of a few nats: near-uniform ones would hide mistakes."""
-    shape = {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "n_kv_heads": 2}
-    model = Transformer(ModelConfig(**({"vocab_size": V, "max_seq_len": 64} | shape | config)))
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=rng, dtype=torch.float64)
-            p.copy_(0.4 * noise if p.dim() == 2 else 1 + 0.3 * noise)
-    return model.to(dtype).eval()
+from tests.models import KINDS, V, kinds, random_model
 
 
 def random_pairs(lengths, seed=0) -> list[Pair]:
@@ -401,42 +384,71 @@ def test_a_generator_decides_the_sample():
 # A real checkpoint
 
 
-def test_stories260k_gives_the_expected_text(shared):
-    """What transformers gives in float32; the best two logits are 0.07 apart or more."""
+@pytest.fixture(scope="module")
+def stories(shared):
+    """What transformers gives in float32, and our tokens and the logits that predict the new."""
     expected = json.loads((shared / "stories260K" / "expected.json").read_text())
     model = Transformer.from_pretrained(shared / "stories260K")
     assert not model.training and model.config.max_seq_len == 512
-    prompt, new = expected["prompt_ids"], expected["greedy_ids"]
-    tokens = model.generate(torch.tensor([prompt]), len(new))
-    assert tokens[0].tolist() == prompt + new
+    prompt = torch.tensor([expected["prompt_ids"]])
+    tokens = model.generate(prompt, len(expected["greedy_ids"]))
     with torch.no_grad():
-        logits = model(tokens)[0]
-    top = logits[len(prompt) - 1].topk(5)
+        return expected, tokens[0], model(tokens)[0, prompt.shape[1] - 1 : -1]
+
+
+def test_stories260k_gives_the_expected_text(stories):
+    """The best two logits are 0.07 apart or more."""
+    expected, tokens, _ = stories
+    assert tokens.tolist() == expected["prompt_ids"] + expected["greedy_ids"]
+
+
+def test_stories260k_gives_the_expected_logits(stories):
+    expected, _, logits = stories
+    top = logits[0].topk(5)
     assert top.indices.tolist() == expected["first_top5"]["ids"]
     wanted = torch.tensor(expected["first_top5"]["logits"])
     torch.testing.assert_close(top.values, wanted, rtol=0, atol=1e-4)  # four digits are given
-    logps = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(new)[:, None])
+
+
+def test_stories260k_gives_the_expected_log_probabilities(stories):
+    expected, _, logits = stories
+    new = torch.tensor(expected["greedy_ids"])[:, None]
+    logps = logits.log_softmax(-1).gather(-1, new).squeeze(1)
     wanted = torch.tensor(expected["greedy_logps"])
-    torch.testing.assert_close(logps.squeeze(1), wanted, rtol=0, atol=3e-5)  # five digits
+    torch.testing.assert_close(logps, wanted, rtol=0, atol=3e-5)  # five digits are given
 
 
 # -----------------------------------------------------------------------------
 # dtypes
 
 
-def test_bfloat16_compute_has_float32_parameters_and_gradients():
-    model, pairs = random_model(torch.float32), random_pairs(LENGTHS)
-    wanted = gradients(step_loss(model, pairs, "response", 0.7), model)
+@pytest.fixture
+def in_bfloat16():
+    model = random_model(torch.float32)
     model.compute_dtype = torch.bfloat16
-    hidden, _ = packed_hidden(model, pairs)
-    assert hidden.dtype == torch.bfloat16 and model(torch.arange(5)[None]).dtype == torch.bfloat16
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    got = gradients(step_loss(model, pairs, "response", 0.7), model)
+    return model
+
+
+def test_bfloat16_compute_leaves_the_parameters_in_float32(in_bfloat16):
+    hidden, _ = packed_hidden(in_bfloat16, random_pairs(LENGTHS))
+    assert hidden.dtype == in_bfloat16(torch.arange(5)[None]).dtype == torch.bfloat16
+    assert {p.dtype for p in in_bfloat16.parameters()} == {torch.float32}
+
+
+def test_gradients_by_bfloat16_compute_are_float32_and_point_the_right_way(in_bfloat16):
+    exact, pairs = random_model(torch.float32), random_pairs(LENGTHS)
+    got, wanted = (
+        gradients(step_loss(model, pairs, "response", 0.7), model) for model in (in_bfloat16, exact)
+    )
     assert {g.dtype for g in got} == {torch.float32}
     flat = (torch.cat([g.flatten() for g in x]) for x in (got, wanted))
     assert torch.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_generation_by_bfloat16_compute_begins_as_by_recomputing(in_bfloat16):
     tokens = torch.arange(8).view(2, 4)
-    assert torch.equal(model.generate(tokens, 9)[:, :5], greedy_by_full_forward(model, tokens, 1))
+    first = greedy_by_full_forward(in_bfloat16, tokens, 1)
+    assert torch.equal(in_bfloat16.generate(tokens, 9)[:, :5], first)
 
 
 def test_norms_are_float32_inside():

@@ -13,6 +13,7 @@ import torch
 import orpo
 import train
 from model import Transformer
+from tests.runs import METRICS
 
 ROOT = Path(train.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,8 +77,6 @@ def test_every_flag_and_its_default_is_in_the_table():
 
 
 def test_every_metric_is_defined():
-    from tests.test_train import METRICS
-
     table = README[README.index("### Metrics") : README.index("### If you come")]
     assert all(f"`{name}`" in table for name in METRICS - {"step"})
 

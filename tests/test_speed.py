@@ -2,7 +2,6 @@
 
 import gc
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,44 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import model as model_module
 import train
-from model import ModelConfig, Transformer
 from tests.layout import packed
+from tests.models import tiny
+from tests.one_step import Products, keys_seen, one_step, some_pairs
 
 CPU = torch.device("cpu")
-MM = (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
-
-
-def tiny(dtype=torch.float32, **changes) -> Transformer:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 211, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
-    model = Transformer(ModelConfig(**sizes | {"n_kv_heads": 2} | changes))
-    model.compute_dtype = dtype
-    return model
-
-
-def some_pairs(n: int, seed: int, longest: int = 20) -> list[data.Pair]:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, longest, (n, 3))
-    return [data.Pair(*(rng.integers(0, 211, k).tolist() for k in row)) for row in lengths]
-
-
-def step(model, pairs, **settings):
-    config = train.TrainConfig(**{"lr": 1e-3, "sft_loss": "full", "dtype": "float32"} | settings)
-    optimizer = train.make_optimizer(model, config)
-    return train.training_step(model, optimizer, train.micro_batches(pairs, config), config)
-
-
-class Products(TorchDispatchMode):
-    """The shapes (n, a, b) of all products of two matrices within it."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in MM:
-            self.shapes.append((*args[0].shape, args[1].shape[1]))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("sft_loss", ["response", "full"])
@@ -58,21 +24,15 @@ def test_a_step_does_the_operations_that_the_formula_counts(sft_loss, budget, ch
     model.checkpointed_blocks = 2 * checkpointing
     settings = {"sft_loss": sft_loss, "micro_batch_tokens": budget}
     with Products() as products:
-        step(model, pairs, **settings)
-    counted = sum(2 * n * a * b for n, a, b in products.shapes)
-    config = train.TrainConfig(**settings)
-    seen = sum(
-        (p + c) * (p + c + 1) // 2 + r * (r + 1) // 2 + r * p
-        for p, c, r in (x.lengths for x in pairs)
-    )
-    attention = 12 * model.config.n_layers * model.config.dim * seen
+        one_step(model, pairs, **settings)
+    attention = 12 * model.config.n_layers * model.config.dim * keys_seen(pairs)
     again = 0
     if checkpointing:  # the blocks' forward pass but for its last product, which nothing needs
         weights = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
         weights -= sum(block.mlp.down_proj.weight.numel() for block in model.layers)
         again = 2 * weights * sum(pair.n_tokens for pair in pairs)
-    needed = train.step_flops(model, pairs, config)
-    assert counted == needed - attention + again
+    needed = train.step_flops(model, pairs, train.TrainConfig(**settings))
+    assert products.operations == needed - attention + again
 
 
 def test_attention_counts_the_keys_that_a_query_sees():
@@ -91,18 +51,24 @@ def test_attention_counts_the_keys_that_a_query_sees():
         assert counted - 6 * weights * sum(map(sum, lengths)) == 12 * 32 * keys
 
 
-def test_each_prompt_is_computed_once_and_lm_head_only_where_a_prediction_counts():
+@pytest.mark.parametrize("sft_loss", ["response", "full"])
+def test_each_prompt_is_computed_once(sft_loss):
     model, pairs = tiny(), some_pairs(6, seed=3)
-    for sft_loss in ("response", "full"):
-        with Products() as products:
-            step(model, pairs, sft_loss=sft_loss)
-        rows = [n for n, a, b in products.shapes if b == 48 and a == 32 and n != 48]
-        # In each layer gate and up forward, and down backward.
-        assert rows == [sum(pair.n_tokens for pair in pairs)] * 6
-        (batch,) = data.micro_batches(pairs, 10**9, sft_loss)
-        weighted = (batch.nll_weight != 0) | (batch.response >= 0)
-        assert bool(weighted.all())
-        assert [n for n, _, b in products.shapes if b == 211] == [int(weighted.sum())]
+    with Products() as products:
+        one_step(model, pairs, sft_loss=sft_loss)
+    rows = [n for n, a, b in products.shapes if b == 48 and a == 32 and n != 48]
+    # In each layer gate and up forward, and down backward.
+    assert rows == [sum(pair.n_tokens for pair in pairs)] * 6
+
+
+@pytest.mark.parametrize("sft_loss", ["response", "full"])
+def test_lm_head_is_applied_only_where_a_prediction_counts(sft_loss):
+    model, pairs = tiny(), some_pairs(6, seed=3)
+    with Products() as products:
+        one_step(model, pairs, sft_loss=sft_loss)
+    (batch,) = data.micro_batches(pairs, 10**9, sft_loss)
+    assert bool(((batch.nll_weight != 0) | (batch.response >= 0)).all())
+    assert [n for n, _, b in products.shapes if b == 211] == [len(batch.predict)]
 
 
 def test_no_tensor_of_tokens_by_vocabulary_outlives_the_forward_pass():
@@ -139,16 +105,18 @@ def test_bfloat16_logits_are_float32_a_few_rows_at_a_time():
     assert largest.n[torch.float32] == 32 * vocab_size < logits  # lm_head's gradient
 
 
-def test_in_bfloat16_shapes_are_few_and_their_filling_changes_nothing():
+def test_in_bfloat16_the_shapes_of_products_are_few():
     seen = set()
     for seed in range(12):
         with Products() as products:
-            step(tiny(torch.bfloat16), some_pairs(5, seed), dtype="bfloat16")
+            one_step(tiny(torch.bfloat16), some_pairs(5, seed), dtype="bfloat16")
         seen |= set(products.shapes)
     rows = {n for n, a, b in seen if (a, b) == (32, 48)}
     assert rows <= {64, 128, 192, 256, 320}, rows
     assert len(seen) <= 12 * len(rows)  # by layer and not by step
 
+
+def test_padding_to_a_multiple_changes_neither_loss_nor_gradients():
     model, pairs = tiny(torch.float64).double(), some_pairs(5, seed=0)
     results = []
     for multiple in (1, 64):

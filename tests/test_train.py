@@ -1,4 +1,4 @@
-"""The loop: what it writes, that it computes the objective, and that it can be interrupted."""
+"""The loop: what it writes, that it computes the objective, what it hands back; its settings."""
 
 import json
 import shutil
@@ -13,42 +13,44 @@ import train
 from checkpoint import FAMILIES
 from model import ModelConfig, Transformer, rotary
 from tests.layout import segments_of
-
-FACTS = Path(train.__file__).parent / "examples" / "facts"
-METRICS = {
-    *("step", "loss", "nll_loss", "log_odds_ratio", "log_odds_chosen", "grad_norm", "epoch"),
-    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-    *("logps/chosen", "logps/rejected", "learning_rate"),
-    *("tokens_per_second", "tflops", "peak_memory_gb"),
-}
-CLOCKS = {"tokens_per_second", "tflops", "peak_memory_gb"}  # differ from run to run
-
-
-def run(arguments: list[str], *more: str) -> list[dict]:
-    """Runs train.py in this process; the rows it wrote."""
-    arguments = [*arguments, *more]
-    train.main(arguments)
-    last_out = len(arguments) - arguments[::-1].index("--out")
-    lines = (Path(arguments[last_out]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+from tests.runs import (
+    FACTS,
+    METRICS,
+    TWELVE_STEPS,
+    evaluations,
+    fails,
+    files,
+    run,
+    steps,
+    weights,
+)
 
 
-def steps(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows if "loss" in row]
+def test_every_step_has_one_row_with_every_metric(whole):
+    trained = [row for row in whole.rows if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, 13))
+    assert all(set(row) == METRICS for row in trained)
 
 
-def test_every_step_has_one_row_with_every_metric_and_the_loss_goes_down(arguments, capsys):
-    rows = run(arguments)
-    trained, evaluated = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
-    assert [r["step"] for r in trained] == list(range(1, 13))
-    assert all(set(r) == METRICS for r in trained)
-    assert [r["step"] for r in evaluated] == [0, 12]
-    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
-    assert {"eval_accepted/sampled", "eval_accepted/greedy"} < set(evaluated[0])
-    assert trained[4]["epoch"] == 1 and trained[11]["epoch"] == 12 / 5
-    printed = capsys.readouterr().out
+def test_epochs_are_counted_in_parts(whole):
+    """40 pairs by 8 are 5 steps an epoch."""
+    assert [row["epoch"] for row in steps(whole.rows)] == [step / 5 for step in range(1, 13)]
+
+
+def test_evaluation_comes_before_the_first_update_and_after_the_last(whole):
+    before, after = evaluations(whole.rows)
+    assert (before["step"], after["step"]) == (0, 12)
+    assert {"eval_accepted/sampled", "eval_accepted/greedy"} < set(before) == set(after)
+
+
+def test_the_held_out_loss_goes_down(whole):
+    before, after = evaluations(whole.rows)
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_plan_and_answers_are_printed(whole):
     for word in ("parameters", "40 pairs of 40", "12 of 8 pairs", "memory", "before:", "after:"):
-        assert word in printed
+        assert word in whole.printed
 
 
 @pytest.mark.parametrize("sft_loss", ["response", "full"])
@@ -126,166 +128,138 @@ def test_learning_rate_warms_up_then_decays(schedule, expected):
     assert [train.lr_at(s, 6, config) for s in range(1, 7)] == pytest.approx(expected)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the loop catches it."""
+def test_two_runs_write_the_same_bytes(arguments, whole, tmp_path):
+    assert steps(run(arguments)) == steps(whole.rows)
+    assert weights(tmp_path / "out") == weights(whole.out)
 
 
-def kill_at(monkeypatch, step: int):
-    """Training dies while `step`'s metrics are read, before its row is written."""
-
-    class Dying(train.HostCopy):
-        rows = 0
-
-        def read(self):
-            Dying.rows += "grad_norm" in self.names
-            if Dying.rows == step:
-                raise Killed
-            return super().read()
-
-    monkeypatch.setattr(train, "HostCopy", Dying)
+@pytest.fixture(scope="module")
+def bfloat16_model(folder, tmp_path_factory) -> Path:
+    """The model of `folder`, stored in bfloat16, with its tokenizer."""
+    copy = shutil.copytree(folder / "model", tmp_path_factory.mktemp("bfloat16") / "model")
+    Transformer.from_pretrained(copy).save_pretrained(copy, dtype=torch.bfloat16)
+    return copy
 
 
-@pytest.mark.parametrize(("save_every", "killed_at"), [(4, 10), (4, 3), (5, 6)])
-def test_resume_is_bitwise(arguments, tmp_path, monkeypatch, save_every, killed_at):
-    """Killed after a checkpoint, before the first one, and right behind one."""
-    arguments += ["--save-every", str(save_every), "--eval-every", "4"]
-    whole = run(arguments, "--out", str(tmp_path / "whole"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, killed_at)
-        run(arguments)
-    with open(tmp_path / "out" / "metrics.jsonl", "a") as f:
-        f.write('{"step": 9, "lo')  # a row half written
-    resumed = run(arguments, "--resume")
-    assert steps(resumed) == steps(whole)
-    assert [r for r in resumed if "eval_loss" in r] == [r for r in whole if "eval_loss" in r]
-    weights = [tmp_path / name / "model" / "model.safetensors" for name in ("out", "whole")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+@pytest.fixture(scope="module")
+def handed_back(folder, bfloat16_model, tmp_path_factory) -> Path:
+    """The model folder of a run in bfloat16 from a bfloat16 checkpoint."""
+    out = tmp_path_factory.mktemp("handed_back") / "out"
+    flags = ["--model", str(bfloat16_model), "--dtype", "bfloat16", "--out", str(out)]
+    run([*files(folder), *TWELVE_STEPS, *flags])
+    return out / "model"
 
 
-def test_resuming_with_other_settings_is_refused_by_name(arguments, capsys):
-    run(arguments, "--save-every", "6")
-    message = fails(capsys, [*arguments, "--save-every", "6", "--resume", "--lam", "0.1"])
-    assert "lam" in message and "0.5" in message and "0.1" in message
-
-
-def test_a_run_goes_on_with_smaller_micro_batches(arguments, tmp_path, monkeypatch):
-    """Whoever ran out of memory can."""
-    whole = run(arguments, "--out", str(tmp_path / "whole"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 8)
-        run(arguments, "--save-every", "5")
-    smaller = ["--micro-batch-tokens", "60", "--activation-checkpointing", "--save-every", "3"]
-    for row, wanted in zip(steps(run(arguments, "--resume", *smaller)), steps(whole), strict=True):
-        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-
-
-def test_a_moved_run_can_be_resumed(arguments, tmp_path):
-    whole = run(arguments, "--save-every", "5")
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    moved = run(arguments, "--save-every", "5", "--resume", "--out", str(tmp_path / "elsewhere"))
-    assert steps(moved) == steps(whole)
-
-
-def test_a_finished_run_resumes_to_itself(arguments):
-    whole = run(arguments, "--save-every", "12")
-    assert run(arguments, "--save-every", "12", "--resume") == whole
-
-
-def test_two_runs_write_the_same_bytes(arguments, tmp_path):
-    runs = [tmp_path / name for name in "ab"]
-    rows = [steps(run(arguments, "--out", str(out))) for out in runs]
-    assert rows[0] == rows[1]
-    a, b = ((out / "model" / "model.safetensors").read_bytes() for out in runs)
-    assert a == b
-
-
-def test_the_model_is_handed_back_in_the_dtype_and_with_the_files_it_came_with(
-    folder, arguments, tmp_path
-):
-    bf16 = tmp_path / "bf16"
-    shutil.copytree(folder / "model", bf16)
-    Transformer.from_pretrained(bf16).save_pretrained(bf16, dtype=torch.bfloat16)
-    run(arguments, "--model", str(bf16), "--dtype", "bfloat16")
-    out = tmp_path / "out" / "model"
-    trained, base = Transformer.from_pretrained(out), Transformer.from_pretrained(bf16)
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+def test_the_model_is_handed_back_in_the_dtype_it_came_in(handed_back):
+    trained = Transformer.from_pretrained(handed_back)
+    assert json.loads((handed_back / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert all(p.dtype == torch.bfloat16 for p in trained.parameters())
+
+
+def test_the_model_that_is_handed_back_is_another(handed_back, bfloat16_model):
+    trained, base = map(Transformer.from_pretrained, (handed_back, bfloat16_model))
     assert not torch.equal(trained.lm_head_weight, base.lm_head_weight)
-    assert {f.name for f in out.iterdir()} == {f.name for f in bf16.iterdir()} | {
-        "generation_config.json"
-    }
 
 
-def test_messages_take_their_chat_template_along(folder, arguments, tmp_path):
-    row = {
-        "prompt": [{"role": "user", "content": "What is the capital of Peru?"}],
-        "chosen": [{"role": "assistant", "content": "Lima."}],
-        "rejected": [{"role": "assistant", "content": "Oslo."}],
-    }
-    file = tmp_path / "chat.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    run(arguments, "--data", str(file), "--eval-data", str(file), "--max-steps", "1")
+def test_the_model_is_handed_back_with_the_files_it_came_with(handed_back, bfloat16_model):
+    """And with generation_config.json, which says where to stop."""
+    names = {file.name for file in bfloat16_model.iterdir()} | {"generation_config.json"}
+    assert {file.name for file in handed_back.iterdir()} == names
+
+
+CHAT = {
+    "prompt": [{"role": "user", "content": "What is the capital of Peru?"}],
+    "chosen": [{"role": "assistant", "content": "Lima."}],
+    "rejected": [{"role": "assistant", "content": "Oslo."}],
+}
+
+
+@pytest.fixture
+def chat(arguments, tmp_path) -> list[str]:
+    """Flags for one step on messages."""
+    (tmp_path / "chat.jsonl").write_text(json.dumps(CHAT) + "\n")
+    file = str(tmp_path / "chat.jsonl")
+    return [*arguments, "--data", file, "--eval-data", file, "--max-steps", "1"]
+
+
+def test_messages_take_their_chat_template_along(chat, tmp_path):
+    run(chat)
     trained = data.load_tokenizer(tmp_path / "out" / "model")
-    text = trained.apply_chat_template(row["prompt"], add_generation_prompt=True)
+    text = trained.apply_chat_template(CHAT["prompt"], add_generation_prompt=True)
     assert text == "<|user|>\nWhat is the capital of Peru?</s>\n<|assistant|>\n"
     assert (tmp_path / "out" / "model" / "chat_template.jinja").is_file()
 
 
-def test_the_template_of_a_flag_is_used_and_taken_along(arguments, tmp_path):
-    row = {
-        "prompt": [{"role": "user", "content": "Hi"}],
-        "chosen": [{"role": "assistant", "content": "Lima."}],
-        "rejected": [{"role": "assistant", "content": "Oslo."}],
-    }
-    file, template = tmp_path / "chat.jsonl", tmp_path / "mine.jinja"
-    file.write_text(json.dumps(row) + "\n")
+def test_the_template_of_a_flag_is_used_and_taken_along(chat, tmp_path, capsys):
+    template = tmp_path / "mine.jinja"
     template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    files = ["--data", str(file), "--eval-data", str(file), "--chat-template", str(template)]
-    run(arguments, *files, "--max-steps", "1")
+    run(chat, "--chat-template", str(template))
     assert data.load_tokenizer(tmp_path / "out" / "model").chat_template == template.read_text()
+    shown = capsys.readouterr().out.replace("·", "")
+    assert "[What is the capital of Peru?]" in shown and "[Lima.]</s>" in shown
 
 
-def test_eval_fraction_holds_out_prompts_whole(folder, tmp_path, capsys):
-    """A quarter of the prompts, rounded, is on the other side, with all the rows they have."""
+def test_eval_fraction_evaluates_on_a_part_of_the_rows_instead(folder, tmp_path, capsys):
     flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
     flags += ["--out", str(tmp_path / "out"), "--max-steps", "1", "--device", "cpu"]
     rows = run(flags, "--eval-fraction", "0.25")
-    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 1]
+    assert [row["step"] for row in evaluations(rows)] == [0, 1]
     rows = data.load_preferences(folder / "train.jsonl")
     train_rows, held_out = data.hold_out(rows, 0.25, seed=42)
-    prompts = [{row.prompt for row in part} for part in (train_rows, held_out)]
-    assert not prompts[0] & prompts[1]
-    assert len(prompts[1]) == round(0.25 * len(prompts[0] | prompts[1]))
     printed = capsys.readouterr().out
     assert f"pairs of {len(train_rows)};" in printed and f"pairs of {len(held_out)};" in printed
 
 
-def test_bfloat16_starts_where_float32_does_and_keeps_float32_masters(arguments, tmp_path):
-    a = steps(run(arguments, "--out", str(tmp_path / "a")))
-    b = steps(run(arguments, "--dtype", "bfloat16", "--out", str(tmp_path / "b")))
-    assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=1e-2)
-    assert a[0]["loss"] != b[0]["loss"]
-    assert b[-1]["loss"] < b[0]["loss"]
-    saved = Transformer.from_pretrained(tmp_path / "b" / "model")
-    assert saved.lm_head_weight.dtype == torch.float32
+@pytest.fixture(scope="module")
+def bfloat16_run(folder, tmp_path_factory) -> tuple[list[dict], Path]:
+    """Rows and folder of the run that `whole` is, but with products in bfloat16."""
+    out = tmp_path_factory.mktemp("bfloat16") / "out"
+    flags = ["--out", str(out), *TWELVE_STEPS, "--dtype", "bfloat16"]
+    return steps(run([*files(folder), *flags])), out
 
 
-def test_log_every_thins_the_rows_and_changes_none(arguments, tmp_path):
-    every = steps(run(arguments, "--out", str(tmp_path / "a")))
-    thin = steps(run(arguments, "--out", str(tmp_path / "b"), "--log-every", "5"))
-    assert thin == [row for row in every if row["step"] in (5, 10, 12)]
+def test_bfloat16_starts_where_float32_does(bfloat16_run, whole):
+    ours, float32 = bfloat16_run[0][0]["loss"], steps(whole.rows)[0]["loss"]
+    assert ours == pytest.approx(float32, rel=1e-2) and ours != float32
 
 
-def test_eval_only_prints_the_row_that_training_starts_with(arguments, tmp_path, capsys):
-    row = run(arguments, "--max-steps", "1")[0]
-    capsys.readouterr()
-    train.main([*arguments, "--eval-only", "--out", str(tmp_path / "eval")])
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed == row
-    run(arguments, "--max-steps", "1", "--out", str(tmp_path / "eval"))  # is no run to protect
-    before = (tmp_path / "eval" / "metrics.jsonl").read_bytes()
-    train.main([*arguments, "--eval-only", "--out", str(tmp_path / "eval")])
-    assert (tmp_path / "eval" / "metrics.jsonl").read_bytes() == before
+def test_bfloat16_learns(bfloat16_run):
+    rows, _ = bfloat16_run
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_bfloat16_keeps_float32_masters(bfloat16_run):
+    """So what is saved has digits that bfloat16 has not."""
+    saved = Transformer.from_pretrained(bfloat16_run[1] / "model").lm_head_weight
+    assert saved.dtype == torch.float32 and not torch.equal(saved, saved.bfloat16().float())
+
+
+def test_log_every_thins_the_rows_and_changes_none(arguments, whole):
+    thin = steps(run(arguments, "--log-every", "5"))
+    assert thin == [row for row in steps(whole.rows) if row["step"] in (5, 10, 12)]
+
+
+def test_eval_only_prints_the_row_that_training_starts_with(arguments, whole, capsys):
+    train.main([*arguments, "--eval-only"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole.rows[0]
+
+
+def test_what_eval_only_leaves_is_no_run_to_protect(arguments):
+    train.main([*arguments, "--eval-only"])
+    assert len(run(arguments, "--max-steps", "1")) == 3
+
+
+def test_eval_only_leaves_the_rows_of_a_run_alone(arguments, whole, tmp_path):
+    (tmp_path / "out").mkdir()
+    metrics = Path(shutil.copy(whole.out / "metrics.jsonl", tmp_path / "out"))
+    before = metrics.read_bytes()
+    train.main([*arguments, "--eval-only"])
+    assert metrics.read_bytes() == before
+
+
+def test_another_programs_metrics_are_no_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'3\n[1]\n"loss"\n{"loss": 1}\n\xff\n')
+    assert train.read_rows(tmp_path) == []
 
 
 def test_accepted_counts_exact_answers(folder, monkeypatch):
@@ -358,84 +332,90 @@ def test_no_flag_means_the_built_in_job():
     assert train.parse(["--seed", "7"]).seed == 7
 
 
-def fails(capsys, arguments, most: int = 3) -> str:
-    """The complaint of a run that must end with status 2 and a short message."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train.main(arguments)
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert "train.py: " in message and len(message.splitlines()) <= most, message
-    return message
+def complaint(flags: list[str]) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train.parse(flags)
+    return str(error.value)
+
+
+GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "words"),
     [
-        (["--model", "nowhere"], "nowhere"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--lam", "-1"], "--lam must be at least 0"),
-        (["--lam", "much"], "--lam"),
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--adam-beta2", "1"], "--adam-beta2 must be at least 0 and below 1"),
-        (["--sft-loss", "half"], "--sft-loss"),
-        (["--device", "tpu"], "--device tpu"),
-        (["--device", "cuda:77"], "CUDA devices"),
-        (["--max-prompt-length", "1"], "no pairs left of 40 rows: 40 prompt over 1 tokens"),
-        (["--no-such-flag"], "--no-such-flag"),
-        (["--config", "nowhere.json"], "nowhere.json"),
-        (["--out", __file__], "is a file"),
-        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag (see python train.py --help)"),
+        (["--lr"], "argument --lr: expected one argument"),
+        (["--lam", "much"], "argument --lam: invalid float value: 'much'"),
+        (["--max-steps", "1.5"], "argument --max-steps: invalid int value: '1.5'"),
+        (["--sft-loss", "half"], "argument --sft-loss: invalid choice: 'half'"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--lr", "nan"], "--lr must be at least 0, not nan"),
+        (["--lr", "inf"], "--lr must be at least 0, not inf"),
+        (["--lam", "-1"], "--lam must be at least 0, not -1.0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--adam-beta1", "1"], "--adam-beta1 must be at least 0 and below 1, not 1.0"),
+        (["--adam-beta2", "1"], "--adam-beta2 must be at least 0 and below 1, not 1.0"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 9223372036854775808, not -1"),
+        (["--seed", str(2**64)], "--seed must be at least 0 and below 9223372036854775808, not 18"),
+        (["--lora-rank", "-1"], "--lora-rank must be at least 0, not -1"),
+        (["--shard", "--lora-rank", "2"], "--shard and --lora-rank do not go together"),
+        (["--config", "nowhere.json"], "nowhere.json: no such file"),
     ],
+    ids=" ".join,
 )
-def test_a_wrong_flag_gets_one_sentence(arguments, capsys, flags, expected):
-    assert expected in fails(capsys, arguments + flags)
+def test_a_wrong_flag_is_named(flags, words):
+    assert words in complaint([*GIVEN, *flags])
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "words"),
     [
         ('{"lam": "0.1"}', "--lam must be float, not '0.1'"),
-        ('{"lamb": 1}', "unknown: lamb"),
-        ("[]", "not an object"),
+        ('{"lr": NaN}', "--lr must be at least 0, not nan"),
+        ('{"resume": 1}', "--resume must be bool, not 1"),
+        ('{"epochs": true}', "--epochs must be int, not True"),
+        ('{"sft_loss": "half"}', "--sft-loss must be one of ('response', 'full'), not 'half'"),
+        ('{"lamb": 1}', "unknown: lamb; known: model, data, "),
+        ("[]", "unknown: (not an object)"),
         ("{", "not JSON"),
-        ('{"resume": 1}', "--resume must be bool"),
+        ("[" * 10**5, "not JSON"),
     ],
+    ids=lambda text: text[:20],
 )
-def test_a_wrong_config_names_its_file(arguments, capsys, tmp_path, text, expected):
+def test_a_wrong_config_names_its_file(tmp_path, text, words):
     file = tmp_path / "settings.json"
     file.write_text(text)
-    message = fails(capsys, [*arguments, "--config", str(file)])
-    assert expected in message and str(file) in message
+    assert complaint([*GIVEN, "--config", str(file)]).startswith(f"{file}: {words}")
 
 
-def test_a_bad_row_names_file_and_line(arguments, capsys, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"}\n')
-    assert f"{file}:2: key 'chosen' is missing" in fails(capsys, [*arguments, "--data", str(file)])
+def test_what_is_missing_is_asked_for():
+    assert "--out is needed" in complaint(["--model", "m", "--data", "d"])
+    assert "--eval-data is needed" in complaint(["--model", "m", "--eval-only"])
 
 
-def test_an_out_that_holds_a_run_is_not_overwritten(arguments, capsys):
-    before = run(arguments, "--max-steps", "1")
-    assert "--resume" in fails(capsys, arguments)
-    assert len(before) == 3
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("tpu", "--device tpu: unknown; use cpu, cuda or cuda:1"),
+        ("meta", "--device meta: only cpu and cuda are supported"),
+        ("cuda:77", "--device cuda:77: this machine shows {} CUDA devices"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device, words):
+    with pytest.raises(ValueError) as error:
+        train.pick_device(train.TrainConfig(device=device))
+    assert str(error.value) == words.format(torch.cuda.device_count())
 
 
-def test_what_is_missing_is_asked_for(capsys, folder):
-    assert "--out is needed" in fails(
-        capsys, ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
-    )
-    assert "--eval-data is needed" in fails(
-        capsys, ["--model", str(folder / "model"), "--eval-only"]
-    )
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_refused():
+    with pytest.raises(ValueError, match="--device cuda: this machine shows 0 CUDA devices"):
+        train.pick_device(train.TrainConfig(device="cuda"))
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(arguments, folder, tmp_path, capsys):
-    torch.manual_seed(0)
-    Transformer(ModelConfig(100, 16, 1, 2, 16)).save_pretrained(tmp_path / "small")
-    shutil.copyfile(folder / "model" / "tokenizer.model", tmp_path / "small" / "tokenizer.model")
-    message = fails(capsys, [*arguments, "--model", str(tmp_path / "small")])
-    assert "1535" in message and "100" in message
+# ---------------------------------------------------------------------------------------------
+# Memory.
 
 
 def test_the_fixed_memory_is_counted_from_the_parameters(monkeypatch):

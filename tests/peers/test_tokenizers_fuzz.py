@@ -323,7 +323,7 @@ def test_gpt2_from_vocab_and_merges():
 
 @needs_shared
 def test_llama2_model():
-    """Without special text, of which sentencepiece knows nothing; tests/test_data.py has that."""
+    """Without special text, of which sentencepiece knows nothing; test_tokenizer.py has it."""
     library = sentencepiece.SentencePieceProcessor(
         model_file=str(SHARED / "llama2-tokenizer" / "tokenizer.model")
     )
