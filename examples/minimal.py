@@ -58,10 +58,9 @@ def train(model: Transformer, pairs: list[data.Pair], settings: dict, max_steps=
         loss = orpo_loss(logps(model, batch, "chosen"), logps(model, batch, "rejected"), lam)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        cosine = (1 + math.cos(math.pi * (step - WARMUP) / (n_steps - WARMUP))) / 2
-        optimizer.param_groups[0]["lr"] = lr * min(
-            (step + 1) / WARMUP, 1 if step < WARMUP else cosine
-        )
+        done = max(0, step - WARMUP) / (n_steps - WARMUP)  # 0 until the warm-up is over
+        warm = min(1, (step + 1) / WARMUP)
+        optimizer.param_groups[0]["lr"] = lr * warm * (1 + math.cos(math.pi * done)) / 2
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item()
@@ -70,23 +69,19 @@ def train(model: Transformer, pairs: list[data.Pair], settings: dict, max_steps=
 @torch.no_grad()
 def report(model: Transformer, tokenizer, pairs: list[data.Pair]):
     chosen, rejected = logps(model, pairs, "chosen"), logps(model, pairs, "rejected")
+    accuracy = (chosen > rejected).float().mean()
+    print(f"held out: reward accuracy {accuracy:.3f},", end=" ")
+    print(f"log P chosen {chosen.mean():.2f}, rejected {rejected.mean():.2f}")
     answer = model.generate(torch.tensor([[*pairs[0].prompt]]), 24, eos_id=tokenizer.eos_id)
-    print(
-        f"held out: reward accuracy {(chosen > rejected).float().mean():.3f}, log P(chosen)",
-        end=" ",
-    )
-    print(
-        f"{chosen.mean():.2f}, log P(rejected) {rejected.mean():.2f}\n{tokenizer.decode(answer[0])}\n"
-    )
+    print(tokenizer.decode(answer[0]))
 
 
 def main():
     settings = json.loads((FACTS / "train.json").read_text())
     model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float32)
     tokenizer = data.load_tokenizer(FACTS / "base")
-    pairs, held_out = (
-        read(tokenizer, f, settings["max_length"]) for f in ("train.jsonl", "eval.jsonl")
-    )
+    pairs = read(tokenizer, "train.jsonl", settings["max_length"])
+    held_out = read(tokenizer, "eval.jsonl", settings["max_length"])
     report(model, tokenizer, held_out)
     for step, loss in enumerate(train(model, pairs, settings), 1):
         if step % 20 == 0:
