@@ -1,7 +1,6 @@
 """SFT, SFT then DPO, ORPO, and ORPO by probability ratio: the same base model, pairs and updates.
 
     python examples/compare.py                             the built-in task, into examples/compare/
-    python examples/compare.py --ranked --out OUT --report FOLDER       chosen: better, seldom good
     python examples/compare.py --real MODEL PAIRS.jsonl --out OUT --report FOLDER         your own
 
 Every method has the same code path: a packed forward pass, the log-probability of each response,
@@ -12,8 +11,8 @@ training pairs that are held out for that alone (of SFT then DPO it is the secon
 has SFT's best). Then three seeds, with all pairs. What is reported is of the held-out questions,
 and those chose nothing.
 
-The built-in pairs' chosen answers are all good, so that SFT can do without the rejected ones. With
---ranked a pair is any two kinds of answer to one question, and the chosen one is only the better.
+The answers of a built-in pair are in two manners, and the chosen one is only the better of them,
+so that SFT, which sees nothing else, imitates what is seldom good.
 
 DPO and the probability ratio are here to stand beside the real objective, and nowhere else. A
 finished run is a file in OUT/runs, so an interrupted comparison goes on where it stopped; remove
@@ -30,7 +29,6 @@ import json
 import multiprocessing
 import os
 import platform
-import random
 import statistics
 import sys
 import time
@@ -49,7 +47,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
 
 import compare_measures as measures  # noqa: E402
 from compare_report import DPO, ONCE, ORPO, RATIO, SFT, write_report  # noqa: E402
-from task import N_PAIRS, SEED, ranked_pairs, split, write_rows  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
@@ -188,12 +185,17 @@ def load(task: Task):
     return model, tokenizer, *sets
 
 
+def text_of(answer: str | list[dict]) -> str:
+    """What an answer says, be it a string or a message."""
+    return answer.strip() if isinstance(answer, str) else answer[0]["content"]
+
+
 def without(pairs: list[Pair], rows: list, every: int = 8):
     """Training pairs without those of each eighth right answer, and these: two (pairs, rows).
 
     By answer and not by prompt: a fact that is asked about in other words is no new fact.
     """
-    right = [row.accept[0] if row.accept else row.chosen for row in rows]
+    right = [row.accept[0] if row.accept else text_of(row.chosen) for row in rows]
     number = {answer: i for i, answer in enumerate(dict.fromkeys(right))}
     apart = [number[answer] % every == 0 for answer in right]
     both = list(zip(pairs, rows, strict=True))
@@ -215,7 +217,7 @@ def centre(base: Transformer, tokenizer, rows: list) -> Tensor:
 
     What all answers share makes every cosine large: less this, they tell answers apart.
     """
-    own = [text.strip() for row in rows for text in (row.chosen, row.rejected)]
+    own = [text_of(answer) for row in rows for answer in (row.chosen, row.rejected)]
     return measures.embed(base, tokenizer, own).mean(0)
 
 
@@ -245,7 +247,8 @@ def run(job: Job, task: Task) -> dict:
     base, tokenizer, (pairs, rows), (held_out, held_out_rows) = load(task)
     if job.sweep:
         (pairs, rows), (apart, apart_rows) = without(pairs, rows)
-    near = [r.rejected[: (n := len(r.chosen) // 2)] == r.chosen[:n] for r in held_out_rows]
+    both = [(text_of(row.chosen), text_of(row.rejected)) for row in held_out_rows]
+    near = [rejected[: (n := len(chosen) // 2)] == chosen[:n] for chosen, rejected in both]
     model, curve = copy.deepcopy(base), []
 
     def watch(step: int):
@@ -405,7 +408,7 @@ def compare(task: Task, out: Path, rounds: int = 3) -> dict:
             ms = 1000 * statistics.median(costs[name][-1]["seconds"])
             print(f"cost of {name}: {ms:.0f} ms a step", flush=True)
     base, tokenizer, _, (_, rows) = load(task)
-    chosen = measures.embed(base, tokenizer, [row.chosen.strip() for row in rows[: task.n_asked]])
+    chosen = measures.embed(base, tokenizer, [text_of(row.chosen) for row in rows[: task.n_asked]])
     of_chosen = {"AID": measures.similarity(chosen - centre(base, tokenizer, rows))}
     of_chosen["AID raw"] = measures.similarity(chosen)
     spent = float(clock.read_text()) if clock.is_file() else 0.0  # by interrupted calls
@@ -440,7 +443,6 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--real", nargs=2, type=Path, metavar=("MODEL", "PAIRS"), help="see above")
-    parser.add_argument("--ranked", action="store_true", help="pairs of any two kinds of answer")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="finished runs")
     parser.add_argument("--report", type=Path, default=HERE / "compare", help="tables and figures")
     args = parser.parse_args(argv)
@@ -448,13 +450,6 @@ def main(argv=None):
     files = facts / "base", facts / "train.jsonl", facts / "eval.jsonl"
     sizes = {"lrs": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "seeds": [42, 43, 44], "steps": 180,
              "batch_size": 32, "n_asked": 210, "max_new": 40}  # fmt: skip
-    if args.ranked:  # new pairs about the facts that the built-in ones are about
-        args.out.mkdir(parents=True, exist_ok=True)
-        files = files[0], args.out / "train.jsonl", files[2]
-        _, trained_on, _ = split(random.Random(SEED))
-        rows = ranked_pairs(trained_on, N_PAIRS, trained_on, random.Random(SEED))
-        write_rows(files[1], rows)
-        sizes |= {"lrs": [1e-5, 1e-4, 3e-4, 1e-3]}
     if args.real:
         from peers_politeness import write_split
 

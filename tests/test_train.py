@@ -162,8 +162,9 @@ def test_the_model_that_is_handed_back_is_another(handed_back, bfloat16_model):
 
 
 def test_the_model_is_handed_back_with_the_files_it_came_with(handed_back, bfloat16_model):
-    """And with generation_config.json, which says where to stop."""
-    names = {file.name for file in bfloat16_model.iterdir()} | {"generation_config.json"}
+    """And with the chat template of the messages and where to stop."""
+    added = {"generation_config.json", "chat_template.jinja"}
+    names = {file.name for file in bfloat16_model.iterdir()} | added
     assert {file.name for file in handed_back.iterdir()} == names
 
 
@@ -304,7 +305,7 @@ def test_answers_do_not_depend_on_their_neighbours(folder):
     model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float32)
     tokenizer = data.load_tokenizer(FACTS / "base")
     rows = data.load_preferences(FACTS / "eval.jsonl")[:12]
-    prompts = [data.encode_prompt(tokenizer, row.prompt) for row in rows]
+    prompts = [pair.prompt for pair in data.encode_rows(tokenizer, rows, 96, 96)[0]]
     together = train.answers(model, tokenizer, prompts, 24)
     assert together == [train.answers(model, tokenizer, [p], 24)[0] for p in prompts]
     assert any(together)
