@@ -75,9 +75,14 @@ def test_step_1_is_the_objective_by_the_plain_path(arguments, sft_loss):
     l_or = orpo.odds_ratio_loss(a, b).mean()
     nll = -a.mean() if sft_loss == "response" else nll_all / n_all
     loss = nll + 0.5 * l_or
+    for logps in sides["chosen"]:
+        logps.retain_grad()
     loss.backward()
     grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    of_loss = torch.cat([logps.grad for logps in sides["chosen"]])  # (B,): dL/dlog P_w
+    of_sft = 1 / len(a) if sft_loss == "response" else 0.0
     expected = {
+        "pull_ratio": -(of_loss + of_sft).sum(),
         "loss": loss,
         "nll_loss": nll,
         "log_odds_ratio": -l_or,
