@@ -451,7 +451,7 @@ def main(argv=None):
     sizes = {"lrs": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "seeds": [42, 43, 44], "steps": 180,
              "batch_size": 32, "n_asked": 210, "max_new": 40}  # fmt: skip
     if args.real:
-        from peers_politeness import write_split
+        from tests.peers.politeness import write_split
 
         files = args.real[0], *write_split(args.real[1], args.out, n_train=900)
         sizes |= {"lrs": [1e-4, 3e-4, 1e-3, 3e-3], "batch_size": 8, "n_asked": 40, "max_new": 64}
