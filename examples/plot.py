@@ -2,7 +2,10 @@
 
 python examples/plot.py OUT [OUT ...] [--save FILE.svg]     (needs matplotlib, requirements-dev.txt)
 
-One run has a colour a metric; several have a colour a run.
+One run has a colour for each metric; several have a colour for each run, and where their
+evaluations asked questions, the share of accepted answers in place of the terms of the loss.
+Faint lines are training steps, bold ones their moving mean, dots the held-out pairs. A run that
+was evaluated at three steps or more has its bold lines through the dots.
 """
 
 import argparse
@@ -73,22 +76,46 @@ PANELS = (
 )
 
 
+ANSWERED = "eval_accepted/greedy"
+ACCEPTED = (
+    "accepted answers, held out",
+    (
+        ("greedy", lambda row: row["accepted/greedy"], "-", CHOSEN),
+        ("sampled", lambda row: row["accepted/sampled"], "--", OTHER),
+    ),
+)
+
+
+def draw_curve(ax, value, line: str, colour: str, rows: list[dict], accepted: bool):
+    """One curve of one run: its training steps, and its evaluations as dots."""
+    held_out = [{k.removeprefix("eval_"): v for k, v in row.items()} for row in rows
+                if "eval_loss" in row]  # fmt: skip
+    through = len(held_out) >= 3
+    if held_out:
+        steps, values = [row["step"] for row in held_out], list(map(value, held_out))
+        ax.plot(steps, values, line if through else "", marker="o", color=colour, ms=4, lw=1.8)
+    if accepted:
+        return  # training asks no questions
+    training = [row for row in rows if "loss" in row]
+    steps, values = [row["step"] for row in training], list(map(value, training))
+    ax.plot(steps, values, color=colour, alpha=0.15, lw=0.8)
+    if not through:
+        ax.plot(steps, smooth(values), line, color=colour, lw=1.8)
+
+
 def draw(runs: dict[str, list[dict]], file: Path):
-    """Four panels as SVG or PNG, by the file's name. Dots are the held-out pairs, where any are."""
+    """Four panels as SVG or PNG, by the file's name."""
     plt = style("svg" if file.suffix == ".svg" else "agg")
     figure, axes = plt.subplots(2, 2, figsize=(8.4, 5.2), layout="constrained")
-    for ax, (title, curves) in zip(axes.flat, PANELS, strict=True):
-        for (_, rows), colour in zip(runs.items(), RUNS, strict=False):
-            training = [row for row in rows if "loss" in row]
-            held_out = [row for row in rows if "eval_loss" in row]
+    evaluations = [row for rows in runs.values() for row in rows if "eval_loss" in row]
+    asked = len(runs) > 1 and evaluations and all(ANSWERED in row for row in evaluations)
+    for ax, (title, curves) in zip(
+        axes.flat, (*PANELS[:3], ACCEPTED) if asked else PANELS, strict=True
+    ):
+        for rows, run_colour in zip(runs.values(), RUNS, strict=False):
             for _, value, line, alone in curves:
-                shade = alone if len(runs) == 1 else colour
-                steps, values = [row["step"] for row in training], list(map(value, training))
-                ax.plot(steps, values, color=shade, alpha=0.2, lw=0.8)
-                ax.plot(steps, smooth(values), line, color=shade, lw=1.8)
-                points = [value({k.removeprefix("eval_"): v for k, v in row.items()})
-                          for row in held_out]  # fmt: skip
-                ax.plot([row["step"] for row in held_out], points, "o", color=shade, ms=5)
+                colour = alone if len(runs) == 1 else run_colour
+                draw_curve(ax, value, line, colour, rows, accepted=curves is ACCEPTED[1])
         for label, _, line, alone in curves if len(curves) > 1 else ():
             ax.plot([], [], line, color=alone if len(runs) == 1 else GREY, label=label)
         ax.set_title(title, fontsize=11, color=GREY)
