@@ -276,20 +276,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
 
 
 class KVCache:
-    """Keys and values of n sequences of one length, which grow together while generating."""
+    """Keys and values of sequences of any lengths, which grow while generating.
 
-    def __init__(self, config: ModelConfig, n: int, max_len: int, device, dtype):
-        shape = (config.n_layers, 2, n, max_len, config.n_kv_heads, config.head_dim)
+    Packed like everything else: a sequence has a run of rows, as many as it may come to have
+    tokens, so nothing moves while it grows. Which rows are whose, key_index of Segments says.
+    """
+
+    def __init__(self, config: ModelConfig, sizes, device, dtype):
+        shape = (config.n_layers, 2, sum(sizes), config.n_kv_heads, config.head_dim)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens of each sequence that every layer has seen
+        self.first_row = np.cumsum([0, *sizes])[:-1]  # of each sequence
+        self.lengths = np.zeros_like(self.first_row)  # its tokens so far
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new tokens' k, v (n * T, K, d); returns all so far, (n * length, K, d)."""
-        n = self.kv.shape[2]
-        stop = self.length + k.shape[0] // n
-        for i, x in enumerate((k, v)):
-            self.kv[layer, i, :, self.length : stop] = x.unflatten(0, (n, -1))
-        return self.kv[layer, 0, :, :stop].flatten(0, 1), self.kv[layer, 1, :, :stop].flatten(0, 1)
+    def grow(self, sequences, n_new) -> tuple[Tensor, Segments]:
+        """n_new[i] tokens come to sequences[i]: their positions (N,), and what they see."""
+        old, first, device = self.lengths[sequences], self.first_row[sequences], self.kv.device
+        k_lens = self.lengths[sequences] = old + n_new
+        runs = (first + old, n_new), (old, n_new), (first, k_lens)
+        self.rows, positions, key_index = (to_device(_ranges(*run), device) for run in runs)
+        segments = Segments.of(list(n_new), list(k_lens), device=device)
+        return positions, segments._replace(key_index=key_index)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Stores the new tokens' k, v (N, K, d); returns all keys and values, (2, rows, K, d)."""
+        return self.kv[layer].index_copy_(1, self.rows, torch.stack((k, v)))
+
+
+def _ranges(starts, lengths) -> Tensor:
+    """start, start + 1, ... of each run, end to end: int64."""
+    runs = zip(starts, lengths, strict=True)
+    return torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in runs]))
 
 
 class Attention(nn.Module):
@@ -504,45 +520,61 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, tokens, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, generator=None
-    ):
-        """Yields the next token of each of B prompts of one length, (B,), max_new_tokens times."""
-        n, length = tokens.shape
-        self._check_length(length + max_new_tokens)
-        device, dtype = tokens.device, self.compute_dtype or self.embed_tokens.weight.dtype
-        cache = KVCache(self.config, n, length + max_new_tokens, device, dtype)
-        new = tokens
-        for _ in range(max_new_tokens):
-            # The prompts first, then one token a sequence: the same call.
-            start, stop = cache.length, cache.length + new.shape[1]
-            positions = torch.arange(start, stop, device=device).repeat(n)
-            segments = Segments.of([stop - start] * n, [stop] * n, device=device)
-            hidden = self.hidden_states(new.flatten(), positions, segments, cache)
-            cache.length = stop
-            logits = self.logits(hidden.unflatten(0, (n, -1))[:, -1]).float()  # (B, V)
-            new = sample(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
-            yield new[:, 0]
+        self, prompts, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, eos_id=None,
+        generator=None,
+    ):  # fmt: skip
+        """As `generate`, but yields the next token of each of B prompts, (B,) int64, as it comes.
+
+        It is -1 where a sequence has ended. On a GPU the host waits for every eighth token only.
+        """
+        lengths, context = np.array([len(p) for p in prompts], int), self.config.max_seq_len
+        for n in lengths:
+            if not 0 < n <= context:
+                raise ValueError(f"a prompt has {n} tokens, but the context is 1 to {context}")
+        device, dtype = self.device, self.compute_dtype or self.embed_tokens.weight.dtype
+        room = np.minimum(max_new_tokens, context - lengths)  # tokens that may still come
+        cache = KVCache(self.config, lengths + room, device, dtype)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        rows = np.flatnonzero(room > 0)  # of the n prompts that go on, here and on the device
+        index = to_device(torch.from_numpy(rows), device)
+        new = [torch.as_tensor(prompts[i], dtype=torch.int64) for i in rows]
+        new = torch.cat(new or [index]).to(device)  # (N,): the prompts, later a token of each
+        n_new, n_steps = lengths[rows], 0
+        while len(rows):
+            positions, segments = cache.grow(rows, n_new)
+            hidden = self.hidden_states(new, positions, segments, cache)  # (N, D)
+            logits = self.logits(hidden.index_select(0, segments.cu_q[1:] - 1))  # (n, V)
+            new = sample(logits.float(), temperature, top_k, top_p, generator)  # (n,)
+            tokens = torch.full_like(ended, -1, dtype=torch.int64).index_copy(0, index, new)
+            tokens = tokens.masked_fill(ended, -1)  # (B,)
+            yield tokens
+            n_new, n_steps = np.ones_like(rows), n_steps + 1
+            room[rows] -= 1
+            if eos_id is not None:
+                ended = ended | (tokens == eos_id)
+                if n_steps % 8 == 0 or not ended.is_cuda:  # reading it would make the host wait
+                    room[ended.tolist()] = 0
+            stays = room[rows] > 0
+            if not stays.all():  # who has ended leaves the batch
+                kept = to_device(torch.from_numpy(np.flatnonzero(stays)), device)
+                rows, n_new, index, new = rows[stays], n_new[stays], index[kept], new[kept]
 
     def generate(
-        self, tokens, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, eos_id=None,
+        self, prompts, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, eos_id=None,
         generator=None,
-    ) -> Tensor:  # fmt: skip
-        """Continues B prompts of one length. tokens (B, T) -> (B, T + new), prompt included.
+    ) -> list[list[int]]:  # fmt: skip
+        """The new tokens of each prompt: lists of ids of any lengths, or a tensor (B, T).
 
-        temperature 0 is greedy. With eos_id a finished row is filled with it, and all stops when
-        every row is finished; without, exactly max_new_tokens come. Raises ValueError when the
-        result would not fit the model's context.
+        A sequence ends with eos_id (which is returned), after max_new_tokens, or where the model's
+        context is full. temperature 0 is greedy, and the tokens are then those of each prompt
+        alone. Sampling draws for all sequences that go on at once: the same prompts together and
+        the same state of the generator give the same tokens. Raises ValueError where a prompt is
+        empty or longer than the context.
         """
-        finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator)
-        for token in new:
-            if eos_id is not None:
-                token = token.masked_fill(finished, eos_id)
-                finished |= token == eos_id
-            tokens = torch.cat((tokens, token[:, None]), dim=1)
-            if eos_id is not None and bool(finished.all()):
-                break
-        return tokens
+        sampling = temperature, top_k, top_p, eos_id, generator
+        tokens = [*self.stream(prompts, max_new_tokens, *sampling)]
+        rows = torch.stack(tokens, 1).tolist() if tokens else [[] for _ in prompts]
+        return [[token for token in row if token >= 0] for row in rows]
 
     # -----------------------------------------------------------------------------------------
     # LoRA.

@@ -72,8 +72,8 @@ def report(model: Transformer, tokenizer, pairs: list[data.Pair]):
     accuracy = (chosen > rejected).float().mean()
     print(f"held out: reward accuracy {accuracy:.3f},", end=" ")
     print(f"log P chosen {chosen.mean():.2f}, rejected {rejected.mean():.2f}")
-    answer = model.generate(torch.tensor([[*pairs[0].prompt]]), 24, eos_id=tokenizer.eos_id)
-    print(tokenizer.decode(answer[0]))
+    (answer,) = model.generate([pairs[0].prompt], 24, eos_id=tokenizer.eos_id)
+    print(tokenizer.decode([*pairs[0].prompt, *answer]))
 
 
 def main():

@@ -168,7 +168,7 @@ def test_compiled_blocks_are_compiled_once(checkpointing):
         torch._dynamo.config.error_on_recompile = True
         for pairs, wanted in zip(steps[2:], expected[2:], strict=True):
             torch.testing.assert_close(gradients(pairs), wanted)
-        assert model.generate(torch.tensor([[1, 2, 3]]), 4).shape == (1, 7)
+        assert len(model.generate([[1, 2, 3]], 4)[0]) == 4
     finally:
         torch._dynamo.config.error_on_recompile = False
         torch._dynamo.reset()

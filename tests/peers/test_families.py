@@ -94,7 +94,8 @@ def test_logits_equal_theirs(pair):
 def test_greedy_generation_equals_theirs(pair):
     model, folder = pair
     expected = model.generate(TOKENS[:, :9], max_new_tokens=24, do_sample=False)
-    assert torch.equal(Transformer.from_pretrained(folder).generate(TOKENS[:, :9], 24), expected)
+    ours = Transformer.from_pretrained(folder)
+    assert ours.generate(TOKENS[:, :9], 24) == expected[:, 9:].tolist()
 
 
 def test_packed_branches_equal_separate_sequences(pair):
@@ -261,8 +262,6 @@ def test_a_trained_model_is_handed_back_whole(name, tmp_path):
     assert data.encode_prompt(tokenizer, text) == list(ids)
     answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0]
     ours = Transformer.from_pretrained(out / "model")
-    assert ours.generate(torch.tensor([ids]), 12, eos_id=tokenizer.eos_id)[0].tolist() == (
-        answer.tolist()
-    )
+    assert ours.generate([ids], 12, eos_id=tokenizer.eos_id) == [answer[len(ids) :].tolist()]
     said = their_tokenizer.decode(answer[len(ids) :])
     assert said == tokenizer.decode(answer[len(ids) :].tolist()) == "Green.<|im_end|>"
