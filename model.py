@@ -1,8 +1,8 @@
 """A GPT-style transformer over packed sequences.
 
 Notable features:
-- One architecture. A family (Llama, Mistral, Qwen2, Qwen3, Phi, GPT-2, OPT) is a set of values of
-  ModelConfig, never a subclass. Names and files of Hugging Face are checkpoint.py's.
+- One architecture. A family (Llama, Mistral, Qwen2, Qwen3, Phi, Phi-3, GPT-2, OPT) is a set of
+  values of ModelConfig, never a subclass. Names and files of Hugging Face are checkpoint.py's.
 - A packed micro-batch has no batch axis and no padding: N tokens in a row, and `Segments` says
   which queries see which keys. So a shared prompt is computed once (data.py has the picture).
 - One attention function: Flash `varlen_attn` on CUDA, scaled_dot_product_attention elsewhere. A
@@ -13,7 +13,7 @@ stream and the matrix products are in `compute_dtype`, to which a weight is cast
 Norms compute in float32 inside (float64 for float64), rotary angles in float32. No dropout.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
-H heads, K key/value heads, d head size, V vocabulary.
+E width of embeddings (D but in OPT-350M), H heads, K key/value heads, d head size, V vocabulary.
 """
 
 import functools
@@ -51,6 +51,7 @@ class ModelConfig:
     hidden_dim: int  # width inside the MLP
     n_kv_heads: int = 0  # K, divides H: each serves H/K query heads; 0 means H
     head_dim: int = 0  # d; 0 means dim / n_heads
+    embed_dim: int = 0  # E, width of embeddings, projected to dim and back; 0 means dim
     norm_eps: float = 1e-6
     max_seq_len: int = 2048  # the context the model was made for
     tie_embeddings: bool = False  # lm_head is the embedding matrix
@@ -61,10 +62,12 @@ class ModelConfig:
     layer_norm: bool = False  # LayerNorm with bias instead of RMSNorm
     qk_norm: bool = False  # RMSNorm of each head's queries and keys
     qkv_bias: bool = False
-    bias: bool = False  # of every other projection in a block
+    o_bias: bool = False
+    mlp_bias: bool = False
     lm_head_bias: bool = False
     gated: bool = True  # MLP: down(act(gate) * up), not down(act(up))
     activation: str = "silu"  # Hugging Face's name
+    norm_first: bool = True  # else the norms follow attention and MLP, and none is at the end
     parallel: bool = False  # attention and MLP side by side, behind one norm
     rotary_fraction: float = 1.0  # of each head's dimensions
     rope_scaling: dict = field(default_factory=dict)  # {"rope_type": "linear" or "llama3", ...}
@@ -75,6 +78,7 @@ class ModelConfig:
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
+        self.embed_dim = self.embed_dim or self.dim
         self.windows = self.windows or [None] * self.n_layers
         if self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
@@ -316,7 +320,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(c.dim, c.n_heads * c.head_dim, c.qkv_bias)
         self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
-        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, c.bias)
+        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, c.o_bias)
         self.q_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
@@ -339,9 +343,9 @@ class MLP(nn.Module):
         super().__init__()
         c = config
         self.activation = ACTIVATIONS[c.activation]
-        self.gate_proj = Linear(c.dim, c.hidden_dim, c.bias) if c.gated else None
-        self.up_proj = Linear(c.dim, c.hidden_dim, c.bias)
-        self.down_proj = Linear(c.hidden_dim, c.dim, c.bias)
+        self.gate_proj = Linear(c.dim, c.hidden_dim, c.mlp_bias) if c.gated else None
+        self.up_proj = Linear(c.dim, c.hidden_dim, c.mlp_bias)
+        self.down_proj = Linear(c.hidden_dim, c.dim, c.mlp_bias)
 
     def forward(self, x):  # (N, D) -> (N, D)
         if self.gate_proj is None:
@@ -353,12 +357,16 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         norm = functools.partial(Norm, config.dim, config.norm_eps, config.layer_norm)
+        self.norm_first = config.norm_first
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = None if config.parallel else norm()
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, segments: Segments, cache=None):  # x (N, D) -> (N, D)
+        if not self.norm_first:
+            x = self.input_layernorm(x + self.self_attn(x, cos, sin, segments, cache))
+            return self.post_attention_layernorm(x + self.mlp(x))
         y = self.input_layernorm(x)
         if self.post_attention_layernorm is None:
             return x + self.self_attn(y, cos, sin, segments, cache) + self.mlp(y)
@@ -378,21 +386,28 @@ class Transformer(nn.Module):
         c = self.config = config
         self.compute_dtype = None  # None: that of the parameters
         self.checkpointed_blocks = 0  # so many keep their input alone, and compute the rest twice
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.embed_dim)
+        self.project_in = self.project_out = None
+        if c.embed_dim != c.dim:
+            self.project_in = Linear(c.embed_dim, c.dim, bias=False)
+            self.project_out = Linear(c.dim, c.embed_dim, bias=False)
         self.embed_positions = None
         if c.position_offset is not None:
             self.embed_positions = nn.Embedding(c.max_seq_len + c.position_offset, c.dim)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
-        self.norm = Norm(c.dim, c.norm_eps, c.layer_norm)
-        self.lm_head = None if c.tie_embeddings else Linear(c.dim, c.vocab_size, c.lm_head_bias)
+        self.norm = Norm(c.dim, c.norm_eps, c.layer_norm) if c.norm_first else None
+        lm_head = functools.partial(Linear, c.embed_dim, c.vocab_size, c.lm_head_bias)
+        self.lm_head = None if c.tie_embeddings else lm_head()
         for name, p in self.named_parameters():
             if p.dim() == 2:  # what adds to the residual stream starts smaller, as in GPT-2
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if residual else 0.02)
 
     def hidden_states(self, tokens, positions, segments: Segments, cache=None) -> Tensor:
-        """tokens, positions (N,) int64, packed as segments say -> (N, D), after the last norm."""
-        x = self.embed_tokens(tokens)  # (N, D)
+        """tokens, positions (N,) int64, packed as segments say -> (N, E), what lm_head takes."""
+        x = self.embed_tokens(tokens)  # (N, E)
+        if self.project_in is not None:
+            x = self.project_in(x.to(self.compute_dtype or x.dtype))  # (N, D)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions + self.config.position_offset)
         x = x.to(self.compute_dtype or x.dtype)
@@ -405,10 +420,11 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, segments)
-        return self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x)  # (N, E)
 
     def projection(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, D) hidden states and the (V, D) matrix whose product is the logits.
+        """(P, E) hidden states and the (V, E) matrix whose product is the logits.
 
         Where lm_head has a bias (Phi) both get columns more: a one and the bias, and zeros, as
         matrix products want multiples of 8.
@@ -421,7 +437,7 @@ class Transformer(nn.Module):
         return torch.cat((hidden, ones), 1), torch.cat((weight, bias), 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)"""
+        """(..., E) -> (..., V)"""
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))
@@ -445,7 +461,7 @@ class Transformer(nn.Module):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The vocabulary projection (V, D)."""
+        """The vocabulary projection (V, E)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @classmethod
@@ -499,16 +515,17 @@ class Transformer(nn.Module):
         """Operations that a training step on packed pairs of these (p, c, r) lengths needs.
 
         A product of (n, a) and (a, b) matrices is 2nab operations, and the backward pass twice the
-        forward's. So 6 a weight a token in the blocks, 6VD a prediction for the vocabulary
+        forward's. So 6 a weight a token in the blocks, 6VE a prediction for the vocabulary
         projection (4 where the weight is frozen and has no gradient), and 12Hd a layer for each key
         that a query sees. Elementwise work and what is computed twice
         (--activation-checkpointing) do not count: MFU is of the needed operations.
         """
         c = self.config
-        weights = [p for p in self.layers.parameters() if p.dim() == 2]
+        parts = [m for m in (self.layers, self.project_in, self.project_out) if m is not None]
+        weights = [p for part in parts for p in part.parameters() if p.dim() == 2]
         total = sum((4 + 2 * p.requires_grad) * p.numel() for p in weights) * sum(map(sum, lengths))
         frozen = not self.lm_head_weight.requires_grad
-        total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.dim
+        total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.embed_dim
         runs = [(0, p + m) for p, m, _ in lengths] + [(p, p + r) for p, _, r in lengths]
         seen = np.concatenate([1 + np.arange(*run) for run in runs])  # by the query at a position
         for window in c.windows:
@@ -542,7 +559,7 @@ class Transformer(nn.Module):
         n_new, n_steps = lengths[rows], 0
         while len(rows):
             positions, segments = cache.grow(rows, n_new)
-            hidden = self.hidden_states(new, positions, segments, cache)  # (N, D)
+            hidden = self.hidden_states(new, positions, segments, cache)  # (N, E)
             logits = self.logits(hidden.index_select(0, segments.cu_q[1:] - 1))  # (n, V)
             new = sample(logits.float(), temperature, top_k, top_p, generator)  # (n,)
             tokens = torch.full_like(ended, -1, dtype=torch.int64).index_copy(0, index, new)
