@@ -267,16 +267,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
     """
     if window is not None and window >= segments.max_k:
         window = None
-    if segments.key_index is not None:
-        copies = segments.key_index, segments.first_copy, segments.last_copy
-        k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)  # (M, K, d)
     # A Flash kernel: bfloat16 or float16, head sizes that are multiples of 8 up to 256.
     has_kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if USE_VARLEN and has_kernel and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         lengths = segments.cu_q, segments.cu_k, segments.max_q, segments.max_k
         back = -1 if window is None else window - 1
+        if segments.key_index is not None:
+            copies = segments.key_index, segments.first_copy, segments.last_copy
+            k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)  # (M, K, d)
         return varlen_attn(q, k, v, *lengths, window_size=(back, 0), **_GQA)
-    return attention_without_varlen(q, k, v, segments.lengths, window)
+    return attention_without_varlen(q, k, v, segments, window)
 
 
 class KVCache:
@@ -664,21 +664,26 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
 
 
 @torch.compiler.disable  # its lengths are new in every micro-batch; around it a block compiles once
-def attention_without_varlen(q: Tensor, k: Tensor, v: Tensor, lengths, window) -> Tensor:
-    """`attention` over keys (M, K, d) that are gathered already; lengths as in Segments.
+def attention_without_varlen(q: Tensor, k: Tensor, v: Tensor, segments, window) -> Tensor:
+    """`attention`, with as few calls of a kernel as pay.
 
     A call costs about as much as 2^16 scores, so neighbouring segments share one, padded to the
     longest of them, while the padding costs no more than that.
     """
-    if not lengths:
+    if not segments.lengths:
         return q
     # On a CPU in bfloat16 attention written out takes half the time of the built-in function, and
     # as each new shape costs it a new kernel, lengths are padded to multiples of 32.
     write_out = q.dtype == torch.bfloat16 and not q.is_cuda
-    write_out = write_out and max(k for _, k in lengths) <= 2048  # it keeps all scores
-    padded = _pad_segments(lengths, window, q.device, q.dtype, write_out)
+    write_out = write_out and segments.max_k <= 2048  # it keeps all scores
+    padded = _pad_segments(segments.lengths, window, q.device, q.dtype, write_out)
     q = Gather.apply(q, padded.q_index, padded.q_rows, None)
-    k, v = (Gather.apply(x, padded.k_index, padded.k_rows, None) for x in (k, v))
+    copies = padded.k_index, padded.k_rows, None
+    if segments.key_index is not None:  # keys are gathered once, by both indices
+        first, last = segments.first_copy, segments.last_copy
+        rows = [None if x is None else padded.k_rows[x] for x in (first, last)]
+        copies = segments.key_index[padded.k_index], *rows
+    k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)
     q_parts = q.split([n * n_q for n, n_q, _ in padded.shapes])
     k_parts, v_parts = (x.split([n * n_k for n, _, n_k in padded.shapes]) for x in (k, v))
     outs = []
