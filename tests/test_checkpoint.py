@@ -331,6 +331,7 @@ def rope(**scaling):
 
 
 SUPPORTED = "llama, mistral, qwen2, qwen3, phi3, phi, gpt2, opt"
+OPT = {"model_type": "opt", "ffn_dim": 24}
 
 
 def window(size, **more):
@@ -355,8 +356,9 @@ def window(size, **more):
         (rope(type="linear", factor=float("nan")), "'factor'"),
         (rope(type="linear", factor=0), "'factor'"),
         ({"attention_bias": 1}, "attention_bias cannot be 1"),
-        ({"mlp_bias": True}, "mlp_bias True"),
-        ({"model_type": "opt", "do_layer_norm_before": 0}, "do_layer_norm_before cannot be 0"),
+        ({"mlp_bias": "no"}, "mlp_bias cannot be 'no'"),
+        (OPT | {"do_layer_norm_before": 0}, "do_layer_norm_before cannot be 0"),
+        (OPT | {"word_embed_proj_dim": -8}, "word_embed_proj_dim cannot be -8"),
         ({"hidden_act": "swish7"}, "activation 'swish7' is not supported, only silu, relu"),
         ({"hidden_act": ["silu"]}, "hidden_act cannot be ['silu']"),
         ({"vocab_size": ...}, "key 'vocab_size' is missing"),
