@@ -61,16 +61,29 @@ ROPE_NUMBERS = {  # the supported types of rope_scaling, and the numbers that ea
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 ROPE = {"rope_type": tuple(ROPE_NUMBERS)}
-GPT = {"layer_norm": True, "qkv_bias": True, "bias": True, "gated": False, "norm_eps": 1e-5}
+BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+GPT = {
+    "layer_norm": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "gated": False,
+    "norm_eps": 1e-5,
+}
 FAMILIES = {
     "llama": Family(
-        "LlamaForCausalLM", supported={"attention_bias": (False,), "mlp_bias": (False,)} | ROPE,
+        "LlamaForCausalLM", keys=BIASES | {"mlp_bias": "mlp_bias"}, supported=ROPE,
     ),
     "mistral": Family("MistralForCausalLM", supported=ROPE, windows=True),
     "qwen2": Family("Qwen2ForCausalLM", values={"qkv_bias": True}, supported=ROPE, windows=True),
     "qwen3": Family(
-        "Qwen3ForCausalLM", values={"qk_norm": True, "head_dim": 128},
-        supported={"attention_bias": (False,)} | ROPE, windows=True,
+        "Qwen3ForCausalLM", keys=BIASES, values={"qk_norm": True, "head_dim": 128},
+        supported=ROPE, windows=True,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM", keys={"rotary_fraction": "partial_rotary_factor"}, supported=ROPE,
+        modules={
+            "self_attn.q_proj": "self_attn.qkv_proj", "self_attn.k_proj": "self_attn.qkv_proj",
+            "self_attn.v_proj": "self_attn.qkv_proj", "mlp.gate_proj": "mlp.gate_up_proj",
+            "mlp.up_proj": "mlp.gate_up_proj",
+        },
+        windows=True,
     ),
     "phi": Family(
         "PhiForCausalLM",
@@ -111,14 +124,17 @@ FAMILIES = {
     ),
     "opt": Family(
         "OPTForCausalLM",
-        keys={"hidden_dim": "ffn_dim", "activation": "activation_function"},
+        keys={
+            "hidden_dim": "ffn_dim", "activation": "activation_function",
+            "embed_dim": "word_embed_proj_dim", "norm_first": "do_layer_norm_before",
+        },
         values=GPT | {
             "tie_embeddings": True, "rotary_fraction": 0, "position_offset": 2,
             "activation": "relu",
         },
         supported={
-            "do_layer_norm_before": (True,), "enable_bias": (True,),
-            "layer_norm_elementwise_affine": (True,), "_remove_final_layer_norm": (False,),
+            "enable_bias": (True,), "layer_norm_elementwise_affine": (True,),
+            "_remove_final_layer_norm": (False,),
         },
         modules={
             "self_attn.o_proj": "self_attn.out_proj", "input_layernorm": "self_attn_layer_norm",
@@ -171,8 +187,6 @@ def config_values(source: dict, types: dict[str, type]) -> dict:
     for key, supported in family.supported.items():
         if key in found and found[key] not in supported:
             raise ValueError(f"{key} {found[key]!r} is not supported, only {supported}")
-    if found.get("word_embed_proj_dim", found.get("hidden_size")) != found.get("hidden_size"):
-        raise ValueError("OPT-350M projects its embeddings and is not supported")
     keys = LLAMA_KEYS | family.keys
     values = {name: found[key] for name, key in keys.items() if found.get(key) is not None}
     if source["model_type"] == "gpt2" and "n_embd" in found:
@@ -201,13 +215,13 @@ def _fits(value, kind: type, most=2**31) -> bool:
 
 
 def _windows(found: dict, n_layers: int) -> list:
-    """How far back each layer sees: Mistral everywhere, Qwen only in the layers switched on."""
-    size, mistral = found.get("sliding_window"), found["model_type"] == "mistral"
-    if not size or not (mistral or found.get("use_sliding_window")):
+    """How far back each layer sees: Qwen only in the layers switched on, the others everywhere."""
+    size, everywhere = found.get("sliding_window"), found["model_type"] in ("mistral", "phi3")
+    if not size or not (everywhere or found.get("use_sliding_window")):
         return []
     if not _fits(size, int):
         raise ValueError(f"sliding_window cannot be {size!r:.80}")
-    first = 0 if mistral else found.get("max_window_layers", 28)
+    first = 0 if everywhere else found.get("max_window_layers", 28)
     types = ["sliding_attention" if i >= first else "full" for i in range(n_layers)]
     types = found.get("layer_types", types)
     if not isinstance(types, list) or len(types) != n_layers:
@@ -231,7 +245,7 @@ def config_json(config) -> dict:
 
 
 def stored_names(family: Family, ours) -> dict[str, list[str]]:
-    """The names in a checkpoint, without prefix: our parameters, of which GPT-2 stacks q, k, v."""
+    """Names in a checkpoint, without prefix: our parameters, which GPT-2 and Phi-3 stack partly."""
     found = {}
     for name in ours:
         *layer, module, leaf = re.fullmatch(r"(?:(layers)\.(\d+)\.)?(.+)\.(\w+)", name).groups()

@@ -1,8 +1,8 @@
 """A GPT-style transformer over packed sequences.
 
 Notable features:
-- One architecture. A family (Llama, Mistral, Qwen2, Qwen3, Phi, GPT-2, OPT) is a set of values of
-  ModelConfig, never a subclass. Names and files of Hugging Face are checkpoint.py's.
+- One architecture. A family (Llama, Mistral, Qwen2, Qwen3, Phi, Phi-3, GPT-2, OPT) is a set of
+  values of ModelConfig, never a subclass. Names and files of Hugging Face are checkpoint.py's.
 - A packed micro-batch has no batch axis and no padding: N tokens in a row, and `Segments` says
   which queries see which keys. So a shared prompt is computed once (data.py has the picture).
 - One attention function: Flash `varlen_attn` on CUDA, scaled_dot_product_attention elsewhere. A
@@ -13,7 +13,7 @@ stream and the matrix products are in `compute_dtype`, to which a weight is cast
 Norms compute in float32 inside (float64 for float64), rotary angles in float32. No dropout.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
-H heads, K key/value heads, d head size, V vocabulary.
+E width of embeddings (D but in OPT-350M), H heads, K key/value heads, d head size, V vocabulary.
 """
 
 import functools
@@ -51,6 +51,7 @@ class ModelConfig:
     hidden_dim: int  # width inside the MLP
     n_kv_heads: int = 0  # K, divides H: each serves H/K query heads; 0 means H
     head_dim: int = 0  # d; 0 means dim / n_heads
+    embed_dim: int = 0  # E, width of embeddings, projected to dim and back; 0 means dim
     norm_eps: float = 1e-6
     max_seq_len: int = 2048  # the context the model was made for
     tie_embeddings: bool = False  # lm_head is the embedding matrix
@@ -61,10 +62,12 @@ class ModelConfig:
     layer_norm: bool = False  # LayerNorm with bias instead of RMSNorm
     qk_norm: bool = False  # RMSNorm of each head's queries and keys
     qkv_bias: bool = False
-    bias: bool = False  # of every other projection in a block
+    o_bias: bool = False
+    mlp_bias: bool = False
     lm_head_bias: bool = False
     gated: bool = True  # MLP: down(act(gate) * up), not down(act(up))
     activation: str = "silu"  # Hugging Face's name
+    norm_first: bool = True  # else the norms follow attention and MLP, and none is at the end
     parallel: bool = False  # attention and MLP side by side, behind one norm
     rotary_fraction: float = 1.0  # of each head's dimensions
     rope_scaling: dict = field(default_factory=dict)  # {"rope_type": "linear" or "llama3", ...}
@@ -75,6 +78,7 @@ class ModelConfig:
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
+        self.embed_dim = self.embed_dim or self.dim
         self.windows = self.windows or [None] * self.n_layers
         if self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
@@ -263,33 +267,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
     """
     if window is not None and window >= segments.max_k:
         window = None
-    if segments.key_index is not None:
-        copies = segments.key_index, segments.first_copy, segments.last_copy
-        k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)  # (M, K, d)
     # A Flash kernel: bfloat16 or float16, head sizes that are multiples of 8 up to 256.
     has_kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if USE_VARLEN and has_kernel and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         lengths = segments.cu_q, segments.cu_k, segments.max_q, segments.max_k
         back = -1 if window is None else window - 1
+        if segments.key_index is not None:
+            copies = segments.key_index, segments.first_copy, segments.last_copy
+            k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)  # (M, K, d)
         return varlen_attn(q, k, v, *lengths, window_size=(back, 0), **_GQA)
-    return attention_without_varlen(q, k, v, segments.lengths, window)
+    return attention_without_varlen(q, k, v, segments, window)
 
 
 class KVCache:
-    """Keys and values of n sequences of one length, which grow together while generating."""
+    """Keys and values of sequences of any lengths, which grow while generating.
 
-    def __init__(self, config: ModelConfig, n: int, max_len: int, device, dtype):
-        shape = (config.n_layers, 2, n, max_len, config.n_kv_heads, config.head_dim)
+    Packed like everything else: a sequence has a run of rows, as many as it may come to have
+    tokens, so nothing moves while it grows. Which rows are whose, key_index of Segments says.
+    """
+
+    def __init__(self, config: ModelConfig, sizes, device, dtype):
+        shape = (config.n_layers, 2, sum(sizes), config.n_kv_heads, config.head_dim)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens of each sequence that every layer has seen
+        self.first_row = np.cumsum([0, *sizes])[:-1]  # of each sequence
+        self.lengths = np.zeros_like(self.first_row)  # its tokens so far
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new tokens' k, v (n * T, K, d); returns all so far, (n * length, K, d)."""
-        n = self.kv.shape[2]
-        stop = self.length + k.shape[0] // n
-        for i, x in enumerate((k, v)):
-            self.kv[layer, i, :, self.length : stop] = x.unflatten(0, (n, -1))
-        return self.kv[layer, 0, :, :stop].flatten(0, 1), self.kv[layer, 1, :, :stop].flatten(0, 1)
+    def grow(self, sequences, n_new) -> tuple[Tensor, Segments]:
+        """n_new[i] tokens come to sequences[i]: their positions (N,), and what they see."""
+        old, first, device = self.lengths[sequences], self.first_row[sequences], self.kv.device
+        k_lens = self.lengths[sequences] = old + n_new
+        runs = (first + old, n_new), (old, n_new), (first, k_lens)
+        self.rows, positions, key_index = (to_device(_ranges(*run), device) for run in runs)
+        segments = Segments.of(list(n_new), list(k_lens), device=device)
+        return positions, segments._replace(key_index=key_index)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Stores the new tokens' k, v (N, K, d); returns all keys and values, (2, rows, K, d)."""
+        return self.kv[layer].index_copy_(1, self.rows, torch.stack((k, v)))
+
+
+def _ranges(starts, lengths) -> Tensor:
+    """start, start + 1, ... of each run, end to end: int64."""
+    runs = zip(starts, lengths, strict=True)
+    return torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in runs]))
 
 
 class Attention(nn.Module):
@@ -300,7 +320,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(c.dim, c.n_heads * c.head_dim, c.qkv_bias)
         self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
-        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, c.bias)
+        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, c.o_bias)
         self.q_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
@@ -323,9 +343,9 @@ class MLP(nn.Module):
         super().__init__()
         c = config
         self.activation = ACTIVATIONS[c.activation]
-        self.gate_proj = Linear(c.dim, c.hidden_dim, c.bias) if c.gated else None
-        self.up_proj = Linear(c.dim, c.hidden_dim, c.bias)
-        self.down_proj = Linear(c.hidden_dim, c.dim, c.bias)
+        self.gate_proj = Linear(c.dim, c.hidden_dim, c.mlp_bias) if c.gated else None
+        self.up_proj = Linear(c.dim, c.hidden_dim, c.mlp_bias)
+        self.down_proj = Linear(c.hidden_dim, c.dim, c.mlp_bias)
 
     def forward(self, x):  # (N, D) -> (N, D)
         if self.gate_proj is None:
@@ -337,12 +357,16 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         norm = functools.partial(Norm, config.dim, config.norm_eps, config.layer_norm)
+        self.norm_first = config.norm_first
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = None if config.parallel else norm()
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, segments: Segments, cache=None):  # x (N, D) -> (N, D)
+        if not self.norm_first:
+            x = self.input_layernorm(x + self.self_attn(x, cos, sin, segments, cache))
+            return self.post_attention_layernorm(x + self.mlp(x))
         y = self.input_layernorm(x)
         if self.post_attention_layernorm is None:
             return x + self.self_attn(y, cos, sin, segments, cache) + self.mlp(y)
@@ -362,21 +386,28 @@ class Transformer(nn.Module):
         c = self.config = config
         self.compute_dtype = None  # None: that of the parameters
         self.checkpointed_blocks = 0  # so many keep their input alone, and compute the rest twice
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.embed_dim)
+        self.project_in = self.project_out = None
+        if c.embed_dim != c.dim:
+            self.project_in = Linear(c.embed_dim, c.dim, bias=False)
+            self.project_out = Linear(c.dim, c.embed_dim, bias=False)
         self.embed_positions = None
         if c.position_offset is not None:
             self.embed_positions = nn.Embedding(c.max_seq_len + c.position_offset, c.dim)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
-        self.norm = Norm(c.dim, c.norm_eps, c.layer_norm)
-        self.lm_head = None if c.tie_embeddings else Linear(c.dim, c.vocab_size, c.lm_head_bias)
+        self.norm = Norm(c.dim, c.norm_eps, c.layer_norm) if c.norm_first else None
+        lm_head = functools.partial(Linear, c.embed_dim, c.vocab_size, c.lm_head_bias)
+        self.lm_head = None if c.tie_embeddings else lm_head()
         for name, p in self.named_parameters():
             if p.dim() == 2:  # what adds to the residual stream starts smaller, as in GPT-2
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if residual else 0.02)
 
     def hidden_states(self, tokens, positions, segments: Segments, cache=None) -> Tensor:
-        """tokens, positions (N,) int64, packed as segments say -> (N, D), after the last norm."""
-        x = self.embed_tokens(tokens)  # (N, D)
+        """tokens, positions (N,) int64, packed as segments say -> (N, E), what lm_head takes."""
+        x = self.embed_tokens(tokens)  # (N, E)
+        if self.project_in is not None:
+            x = self.project_in(x.to(self.compute_dtype or x.dtype))  # (N, D)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions + self.config.position_offset)
         x = x.to(self.compute_dtype or x.dtype)
@@ -389,10 +420,11 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, segments)
-        return self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x)  # (N, E)
 
     def projection(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, D) hidden states and the (V, D) matrix whose product is the logits.
+        """(P, E) hidden states and the (V, E) matrix whose product is the logits.
 
         Where lm_head has a bias (Phi) both get columns more: a one and the bias, and zeros, as
         matrix products want multiples of 8.
@@ -405,7 +437,7 @@ class Transformer(nn.Module):
         return torch.cat((hidden, ones), 1), torch.cat((weight, bias), 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)"""
+        """(..., E) -> (..., V)"""
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))
@@ -429,7 +461,7 @@ class Transformer(nn.Module):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The vocabulary projection (V, D)."""
+        """The vocabulary projection (V, E)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @classmethod
@@ -483,16 +515,17 @@ class Transformer(nn.Module):
         """Operations that a training step on packed pairs of these (p, c, r) lengths needs.
 
         A product of (n, a) and (a, b) matrices is 2nab operations, and the backward pass twice the
-        forward's. So 6 a weight a token in the blocks, 6VD a prediction for the vocabulary
+        forward's. So 6 a weight a token in the blocks, 6VE a prediction for the vocabulary
         projection (4 where the weight is frozen and has no gradient), and 12Hd a layer for each key
         that a query sees. Elementwise work and what is computed twice
         (--activation-checkpointing) do not count: MFU is of the needed operations.
         """
         c = self.config
-        weights = [p for p in self.layers.parameters() if p.dim() == 2]
+        parts = [m for m in (self.layers, self.project_in, self.project_out) if m is not None]
+        weights = [p for part in parts for p in part.parameters() if p.dim() == 2]
         total = sum((4 + 2 * p.requires_grad) * p.numel() for p in weights) * sum(map(sum, lengths))
         frozen = not self.lm_head_weight.requires_grad
-        total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.dim
+        total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.embed_dim
         runs = [(0, p + m) for p, m, _ in lengths] + [(p, p + r) for p, _, r in lengths]
         seen = np.concatenate([1 + np.arange(*run) for run in runs])  # by the query at a position
         for window in c.windows:
@@ -504,45 +537,61 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, tokens, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, generator=None
-    ):
-        """Yields the next token of each of B prompts of one length, (B,), max_new_tokens times."""
-        n, length = tokens.shape
-        self._check_length(length + max_new_tokens)
-        device, dtype = tokens.device, self.compute_dtype or self.embed_tokens.weight.dtype
-        cache = KVCache(self.config, n, length + max_new_tokens, device, dtype)
-        new = tokens
-        for _ in range(max_new_tokens):
-            # The prompts first, then one token a sequence: the same call.
-            start, stop = cache.length, cache.length + new.shape[1]
-            positions = torch.arange(start, stop, device=device).repeat(n)
-            segments = Segments.of([stop - start] * n, [stop] * n, device=device)
-            hidden = self.hidden_states(new.flatten(), positions, segments, cache)
-            cache.length = stop
-            logits = self.logits(hidden.unflatten(0, (n, -1))[:, -1]).float()  # (B, V)
-            new = sample(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
-            yield new[:, 0]
+        self, prompts, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, eos_id=None,
+        generator=None,
+    ):  # fmt: skip
+        """As `generate`, but yields the next token of each of B prompts, (B,) int64, as it comes.
+
+        It is -1 where a sequence has ended. On a GPU the host waits for every eighth token only.
+        """
+        lengths, context = np.array([len(p) for p in prompts], int), self.config.max_seq_len
+        for n in lengths:
+            if not 0 < n <= context:
+                raise ValueError(f"a prompt has {n} tokens, but the context is 1 to {context}")
+        device, dtype = self.device, self.compute_dtype or self.embed_tokens.weight.dtype
+        room = np.minimum(max_new_tokens, context - lengths)  # tokens that may still come
+        cache = KVCache(self.config, lengths + room, device, dtype)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        rows = np.flatnonzero(room > 0)  # of the n prompts that go on, here and on the device
+        index = to_device(torch.from_numpy(rows), device)
+        new = [torch.as_tensor(prompts[i], dtype=torch.int64) for i in rows]
+        new = torch.cat(new or [index]).to(device)  # (N,): the prompts, later a token of each
+        n_new, n_steps = lengths[rows], 0
+        while len(rows):
+            positions, segments = cache.grow(rows, n_new)
+            hidden = self.hidden_states(new, positions, segments, cache)  # (N, E)
+            logits = self.logits(hidden.index_select(0, segments.cu_q[1:] - 1))  # (n, V)
+            new = sample(logits.float(), temperature, top_k, top_p, generator)  # (n,)
+            tokens = torch.full_like(ended, -1, dtype=torch.int64).index_copy(0, index, new)
+            tokens = tokens.masked_fill(ended, -1)  # (B,)
+            yield tokens
+            n_new, n_steps = np.ones_like(rows), n_steps + 1
+            room[rows] -= 1
+            if eos_id is not None:
+                ended = ended | (tokens == eos_id)
+                if n_steps % 8 == 0 or not ended.is_cuda:  # reading it would make the host wait
+                    room[ended.tolist()] = 0
+            stays = room[rows] > 0
+            if not stays.all():  # who has ended leaves the batch
+                kept = to_device(torch.from_numpy(np.flatnonzero(stays)), device)
+                rows, n_new, index, new = rows[stays], n_new[stays], index[kept], new[kept]
 
     def generate(
-        self, tokens, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, eos_id=None,
+        self, prompts, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None, eos_id=None,
         generator=None,
-    ) -> Tensor:  # fmt: skip
-        """Continues B prompts of one length. tokens (B, T) -> (B, T + new), prompt included.
+    ) -> list[list[int]]:  # fmt: skip
+        """The new tokens of each prompt: lists of ids of any lengths, or a tensor (B, T).
 
-        temperature 0 is greedy. With eos_id a finished row is filled with it, and all stops when
-        every row is finished; without, exactly max_new_tokens come. Raises ValueError when the
-        result would not fit the model's context.
+        A sequence ends with eos_id (which is returned), after max_new_tokens, or where the model's
+        context is full. temperature 0 is greedy, and the tokens are then those of each prompt
+        alone. Sampling draws for all sequences that go on at once: the same prompts together and
+        the same state of the generator give the same tokens. Raises ValueError where a prompt is
+        empty or longer than the context.
         """
-        finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator)
-        for token in new:
-            if eos_id is not None:
-                token = token.masked_fill(finished, eos_id)
-                finished |= token == eos_id
-            tokens = torch.cat((tokens, token[:, None]), dim=1)
-            if eos_id is not None and bool(finished.all()):
-                break
-        return tokens
+        sampling = temperature, top_k, top_p, eos_id, generator
+        tokens = [*self.stream(prompts, max_new_tokens, *sampling)]
+        rows = torch.stack(tokens, 1).tolist() if tokens else [[] for _ in prompts]
+        return [[token for token in row if token >= 0] for row in rows]
 
     # -----------------------------------------------------------------------------------------
     # LoRA.
@@ -615,21 +664,26 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
 
 
 @torch.compiler.disable  # its lengths are new in every micro-batch; around it a block compiles once
-def attention_without_varlen(q: Tensor, k: Tensor, v: Tensor, lengths, window) -> Tensor:
-    """`attention` over keys (M, K, d) that are gathered already; lengths as in Segments.
+def attention_without_varlen(q: Tensor, k: Tensor, v: Tensor, segments, window) -> Tensor:
+    """`attention`, with as few calls of a kernel as pay.
 
     A call costs about as much as 2^16 scores, so neighbouring segments share one, padded to the
     longest of them, while the padding costs no more than that.
     """
-    if not lengths:
+    if not segments.lengths:
         return q
     # On a CPU in bfloat16 attention written out takes half the time of the built-in function, and
     # as each new shape costs it a new kernel, lengths are padded to multiples of 32.
     write_out = q.dtype == torch.bfloat16 and not q.is_cuda
-    write_out = write_out and max(k for _, k in lengths) <= 2048  # it keeps all scores
-    padded = _pad_segments(lengths, window, q.device, q.dtype, write_out)
+    write_out = write_out and segments.max_k <= 2048  # it keeps all scores
+    padded = _pad_segments(segments.lengths, window, q.device, q.dtype, write_out)
     q = Gather.apply(q, padded.q_index, padded.q_rows, None)
-    k, v = (Gather.apply(x, padded.k_index, padded.k_rows, None) for x in (k, v))
+    copies = padded.k_index, padded.k_rows, None
+    if segments.key_index is not None:  # keys are gathered once, by both indices
+        first, last = segments.first_copy, segments.last_copy
+        rows = [None if x is None else padded.k_rows[x] for x in (first, last)]
+        copies = segments.key_index[padded.k_index], *rows
+    k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)
     q_parts = q.split([n * n_q for n, n_q, _ in padded.shapes])
     k_parts, v_parts = (x.split([n * n_k for n, _, n_k in padded.shapes]) for x in (k, v))
     outs = []

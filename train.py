@@ -28,7 +28,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -263,24 +262,32 @@ def evaluate(model: Transformer, pairs: list[Pair], config: TrainConfig) -> dict
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def answers(model: Transformer, tokenizer, prompts, max_new: int, **sampling) -> list[str]:
-    """The model's answer to each prompt (token ids), as text. Prompts of one length go together."""
-    texts, end = {}, tokenizer.turn_end()
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for length, rows in itertools.groupby(by_length, key=lambda i: len(prompts[i])):
-        rows = list(rows)
-        new = max(0, min(max_new, model.config.max_seq_len - length))
-        if new == 0:  # a prompt that fills the context has no answer
-            texts |= dict.fromkeys(rows, "")
+def answers(
+    model, tokenizer, prompts, max_new: int, batch_tokens=8192, progress=iter, **sampling
+) -> list[str]:
+    """The model's answer to each prompt (token ids), as text, empty if that fills the context.
+
+    Prompts of like lengths go together while they and their longest answers have batch_tokens
+    tokens. Sampled answers depend on their neighbours: see Transformer.generate.
+    """
+    texts, end, context = [""] * len(prompts), tokenizer.turn_end(), model.config.max_seq_len
+    batches, size = [], math.inf
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if len(prompts[i]) >= context:
             continue
-        tokens = torch.tensor([list(map(int, prompts[i])) for i in rows], device=model.device)
-        tokens = model.generate(tokens, new, eos_id=tokenizer.eos_id, **sampling)
-        for i, ids in zip(rows, tokens[:, length:].tolist(), strict=True):
-            if tokenizer.eos_id in ids:
-                ids = ids[: ids.index(tokenizer.eos_id)]
+        n_tokens = min(len(prompts[i]) + max_new, context)
+        if size + n_tokens > batch_tokens:
+            batches, size = [*batches, []], 0
+        batches[-1].append(i)
+        size += n_tokens
+    for batch in progress(batches):
+        rows = [prompts[i] for i in batch]
+        new = model.generate(rows, max_new, eos_id=tokenizer.eos_id, **sampling)
+        for i, ids in zip(batch, new, strict=True):
+            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
             texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
     reshard(model)
-    return [texts[i] for i in range(len(prompts))]
+    return texts
 
 
 def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dict[str, float]:

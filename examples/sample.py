@@ -10,18 +10,28 @@ plain text. QUESTIONS is JSON or JSON Lines: with `instruction` (AlpacaEval's se
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 from model import Transformer
 from train import answers
+
+
+def complain(message):
+    print(f"sample.py: {message}", file=sys.stderr)
+
+
+def context_of(model) -> str:
+    return f"model's context of {model.config.max_seq_len}"
 
 
 def prompt_ids(tokenizer, messages: list[dict], plain: bool) -> list[int]:
@@ -35,13 +45,12 @@ def prompt_ids(tokenizer, messages: list[dict], plain: bool) -> list[int]:
 
 def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:
     """Prints an answer as it comes, and returns it."""
-    tokens = torch.tensor([ids], device=model.device)
     new, shown = [], ""
     # decoded behind a fixed token, so that no leading space is taken away
     head, end = tokenizer.decode(ids[-1:]), tokenizer.turn_end()
     end_ids = tokenizer.encode(end, continuation=True)
     ends = {tokenizer.eos_id, *(end_ids if len(end_ids) == 1 else [])}
-    for token in model.stream(tokens, max_new, **sampling):
+    for token in model.stream([ids], max_new, **sampling):
         if token.item() in ends:
             break
         new.append(token.item())
@@ -79,6 +88,10 @@ def answer_file(
         for i in active:
             dialogues[i].append({"role": "user", "content": asked[i][turn]})
         prompts = [prompt_ids(tokenizer, dialogues[i], plain) for i in active]
+        for i, ids in zip(active, prompts, strict=True):
+            if len(ids) >= model.config.max_seq_len:
+                has = f"row {i + 1}, turn {turn + 1}, has {len(ids)} tokens"
+                complain(f"{has} and fills the {context_of(model)}: its answer is empty")
         for i, text in zip(active, answers(model, tokenizer, prompts, **options), strict=True):
             dialogues[i].append({"role": "assistant", "content": text})
     said = [[m["content"] for m in dialogue[1::2]] for dialogue in dialogues]
@@ -111,6 +124,13 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=8192,
+        help="of questions and answers in --file that go together, at their longest (default 8192: "
+        "up to 4 GB of keys and values for a model of 7B); more is faster",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
@@ -121,7 +141,7 @@ def main():
         if bool(args.file) != bool(args.out):
             raise ValueError("--file and --out belong together")
     except (OSError, ValueError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
     # train.py writes the authors' template into the folder of a model trained on messages with it.
     own = (args.model / "chat_template.jinja").is_file()
@@ -131,6 +151,10 @@ def main():
     options = {"max_new": args.max_new_tokens, **sampling}
     if args.file:
         name = args.name or args.model.resolve().name
+        options |= {
+            "batch_tokens": args.batch_tokens,
+            "progress": functools.partial(tqdm, disable=None),
+        }
         made = answer_file(model, tokenizer, rows, name, plain, **options)
         lines = "turns" in rows[0]
         text = "\n".join(map(json.dumps, made)) if lines else json.dumps(made, indent=1)
@@ -146,10 +170,10 @@ def main():
             break
         messages = [*([] if plain else messages), {"role": "user", "content": question}]
         ids = prompt_ids(tokenizer, messages, plain)
-        room = model.config.max_seq_len - len(ids)
-        if room < 1:
-            break
-        options["max_new"] = min(args.max_new_tokens, room)
+        if len(ids) >= model.config.max_seq_len:
+            what = "dialogue" if len(messages) > 1 else "question"
+            complain(f"the {what} has {len(ids)} tokens and fills the {context_of(model)}")
+            sys.exit(2)
         messages.append({"role": "assistant", "content": stream(model, tokenizer, ids, **options)})
         if args.question:
             break

@@ -18,9 +18,12 @@ def random_model(dtype=torch.float64, seed=0, **config) -> Transformer:
     model = Transformer(ModelConfig(**({"vocab_size": V, "max_seq_len": 64} | shape | config)))
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=rng, dtype=torch.float64)
-            p.copy_(0.4 * noise if p.dim() == 2 else 1 + 0.3 * noise)
+            if p.dim() == 2:
+                p.copy_(0.4 * noise)
+            else:
+                p.copy_(0.3 * noise + (0 if name.endswith("bias") else 1))
     return model.to(dtype).eval()
 
 

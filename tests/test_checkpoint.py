@@ -330,7 +330,8 @@ def rope(**scaling):
     return {"rope_scaling": scaling}
 
 
-SEVEN = "llama, mistral, qwen2, qwen3, phi, gpt2, opt"
+SUPPORTED = "llama, mistral, qwen2, qwen3, phi3, phi, gpt2, opt"
+OPT = {"model_type": "opt", "ffn_dim": 24}
 
 
 def window(size, **more):
@@ -340,7 +341,7 @@ def window(size, **more):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "mamba"}, f"'mamba' is not supported, only {SEVEN}"),
+        ({"model_type": "mamba"}, f"'mamba' is not supported, only {SUPPORTED}"),
         ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "model_type 'llava'"),
         ({"model_type": ["llama"]}, "model_type ['llama']"),
         ({"model_type": ...}, "model_type None"),
@@ -354,9 +355,10 @@ def window(size, **more):
         (rope(type="linear"), "rope_scaling of type linear needs a number 'factor' above 0"),
         (rope(type="linear", factor=float("nan")), "'factor'"),
         (rope(type="linear", factor=0), "'factor'"),
-        ({"attention_bias": True}, "attention_bias True is not supported, only (False,)"),
-        ({"mlp_bias": True}, "mlp_bias True"),
-        ({"model_type": "opt", "word_embed_proj_dim": 8}, "OPT-350M projects its embeddings"),
+        ({"attention_bias": 1}, "attention_bias cannot be 1"),
+        ({"mlp_bias": "no"}, "mlp_bias cannot be 'no'"),
+        (OPT | {"do_layer_norm_before": 0}, "do_layer_norm_before cannot be 0"),
+        (OPT | {"word_embed_proj_dim": -8}, "word_embed_proj_dim cannot be -8"),
         ({"hidden_act": "swish7"}, "activation 'swish7' is not supported, only silu, relu"),
         ({"hidden_act": ["silu"]}, "hidden_act cannot be ['silu']"),
         ({"vocab_size": ...}, "key 'vocab_size' is missing"),

@@ -80,12 +80,12 @@ def test_cached_generation_equals_recomputing(dtype):
     torch.manual_seed(0)
     config = ModelConfig(100, 64, 2, 4, 96, n_kv_heads=2, max_seq_len=64)
     model = Transformer(config).to("cuda", dtype)
-    tokens = torch.randint(0, 100, (3, 7), device="cuda")
-    out = model.generate(tokens, 12)
-    logits = model(out)[:, 6:-1].float()
-    chosen = logits.gather(-1, out[:, 7:, None]).squeeze(-1)
-    # bf16 rounds cached and recomputed states apart: the pick must be the best within rounding
-    assert (logits.amax(-1) - chosen).max() < (1e-4 if dtype == torch.float32 else 5e-2)
+    prompts = [torch.randint(0, 100, (n,)).tolist() for n in (7, 1, 16)]
+    for prompt, new in zip(prompts, model.generate(prompts, 12), strict=True):
+        logits = model(torch.tensor([prompt + new], device="cuda"))[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(-1, torch.tensor(new, device="cuda")[:, None]).squeeze(-1)
+        # bf16 rounds cached and recomputed states apart: the pick must be the best within rounding
+        assert (logits.amax(-1) - chosen).max() < (1e-4 if dtype == torch.float32 else 5e-2)
 
 
 @needs_cuda

@@ -10,6 +10,7 @@ import torch
 
 import data
 import train
+from checkpoint import FAMILIES
 from model import ModelConfig, Transformer
 from tests.runs import (
     UNEVEN,
@@ -171,8 +172,7 @@ os._exit(0)
 def test_a_sharded_model_is_saved_as_it_was_loaded(tmp_path):
     """GPT-2 has its matrices the other way round, and those of q, k and v in one."""
     torch.manual_seed(0)
-    gpt = {"layer_norm": True, "qkv_bias": True, "bias": True, "gated": False, "position_offset": 0}
-    gpt |= {"family": "gpt2", "rotary_fraction": 0, "tie_embeddings": True, "max_seq_len": 64}
+    gpt = FAMILIES["gpt2"].values | {"family": "gpt2", "max_seq_len": 64}
     model = Transformer(ModelConfig(101, 36, 2, 2, 50, **gpt))
     model.save_pretrained(tmp_path / "in", shard_bytes=30_000)
     (tmp_path / "script.py").write_text(LOAD_AND_SAVE)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -111,6 +112,23 @@ def test_sample_says_what_is_wrong_with_its_input(tmp_path):
     ).stderr
     assert "q.jsonl: row 1" in error
     assert "no such file" in run("sample.py", tmp_path / "nowhere", "?", code=2).stderr
+
+
+def test_sample_says_which_question_fills_the_context(tmp_path):
+    """The other question of the file is answered."""
+    context = json.loads((BASE / "config.json").read_text())["max_position_embeddings"]
+    long = "Question: " + "Peru " * context
+    error = run("sample.py", BASE, long, code=2).stderr
+    assert re.fullmatch(
+        rf"sample.py: the question has \d+ tokens and fills the model's context of {context}\n",
+        error,
+    )
+    questions, out = tmp_path / "q.json", tmp_path / "a.json"
+    questions.write_text(json.dumps([{"instruction": PERU}, {"instruction": long}]))
+    done = run("sample.py", BASE, "--file", questions, "--out", out, "--max-new-tokens", "9")
+    assert "row 2, turn 1, has" in done.stderr and "row 1" not in done.stderr
+    first, second = json.loads(out.read_text())
+    assert first["output"] and second["output"] == ""
 
 
 # ---------------------------------------------------------------------------------------------

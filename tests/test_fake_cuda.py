@@ -309,13 +309,26 @@ def test_evaluation_waits_once_at_its_end(fake, monkeypatch, dtype):
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 1.0, "top_k": 5}, {"temperature": 0.7, "top_p": 0.9}], ids=str
 )
-def test_generation_with_a_cache(fake, dtype, sampling):
+def test_generation_over_a_ragged_cache(fake, dtype, sampling):
+    """Of four lengths, one of which fills the context; the host waits for nothing."""
     with fake, Calls() as calls:
         model = make_model(SMALL, TrainConfig(dtype=dtype)).eval()
-        tokens = torch.zeros(3, 7, dtype=torch.int64, device=CUDA)
-        out = model.generate(tokens, 5, **sampling)
-    assert out.shape == (3, 12) and out.device == CUDA
-    assert calls.n.get(VARLEN, 0) == (15 if dtype == "bfloat16" else 0)
+        tokens = [*model.stream([[1] * 7, [2], [3] * 512, [4] * 30], 7, eos_id=5, **sampling)]
+        out = torch.stack(tokens, 1)
+    assert out.shape == (4, 7) and out.device == CUDA
+    assert calls.n.get(VARLEN, 0) == (21 if dtype == "bfloat16" else 0)
+
+
+def test_generation_waits_for_every_eighth_token_only(fake):
+    """Whether the sequences have ended is asked then, and pretended tokens have no answer."""
+    with fake:
+        model = make_model(SMALL, TrainConfig(dtype="bfloat16")).eval()
+        tokens = model.stream([[1, 2], [3]], 20, eos_id=5)
+        for _ in range(8):
+            next(tokens)
+        with pytest.raises(DataDependentOutputException):
+            next(tokens)
+        assert len([*model.stream([[1, 2], [3]], 20)]) == 20  # without an end: never
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])

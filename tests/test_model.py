@@ -9,11 +9,12 @@ import random
 import pytest
 import torch
 
+from checkpoint import FAMILIES
 from data import Pair, micro_batches
 from model import ApplyRotary, Gather, KVCache, Transformer, sample
 from orpo import fused_linear_orpo, odds_ratio_loss, orpo_loss, response_logps
-from tests.layout import packed, plain, segments_of
-from tests.models import KINDS, V, kinds, random_model
+from tests.layout import packed, segments_of
+from tests.models import V, kinds, random_model
 
 
 def random_pairs(lengths, seed=0) -> list[Pair]:
@@ -247,70 +248,101 @@ def test_logits_equal_plain_loops():
 # Generation
 
 
-def greedy_by_full_forward(model, tokens, n):
+def greedy_by_full_forward(model, prompt, n):
+    tokens = torch.tensor([prompt])
     for _ in range(n):
         tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    return tokens
+    return tokens[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS[1:4], ids=["mha-tied", "gqa", "gqa-tied"])
-def test_cached_generation_equals_recomputing(kind):
-    model = random_model(**kind)
-    tokens = torch.randint(V, (3, 4), generator=torch.Generator().manual_seed(0))
-    got = model.generate(tokens, 30)
-    assert torch.equal(got, greedy_by_full_forward(model, tokens, 30))
-    assert len(set(got.flatten().tolist())) > 8, "too dull a text to tell anything"
+def random_prompts(*lengths, seed=0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(V) for _ in range(n)] for n in lengths]
+
+
+PHI, OPT = FAMILIES["phi"].values, FAMILIES["opt"].values
+SHAPES = {
+    "mha, tied": {"n_kv_heads": 4, "tie_embeddings": True},
+    "gqa": {},
+    "one kv head, tied": {"n_kv_heads": 1, "tie_embeddings": True},
+    "window": {"windows": [5, 5]},
+    "window in one layer": {"windows": [None, 3]},
+    "partial rotary, parallel": PHI,
+    "learned positions": OPT | {"tie_embeddings": False, "position_offset": 0},
+    "learned positions with an offset": OPT | {"tie_embeddings": False},
+    "projected embeddings, norms behind": OPT | {"embed_dim": 8, "norm_first": False},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ragged_prompts_generate_what_each_generates_by_recomputing(shape):
+    """float32, token by token. One prompt has one token; of one the answer fills the context."""
+    model, seen = random_model(torch.float32, seed=2, **SHAPES[shape]), set()
+    for seed in range(3):
+        lengths = random.Random(seed).choices(range(1, 40), k=4)
+        prompts = random_prompts(1, 52, *lengths, seed=seed)
+        for prompt, new in zip(prompts, model.generate(prompts, 12), strict=True):
+            assert new == greedy_by_full_forward(model, prompt, 12)
+            assert [new] == model.generate([prompt], 12)
+            seen |= set(new)
+    assert len(seen) > 4, "too dull a text to tell anything"
 
 
 @pytest.mark.parametrize("cuts", [[5, 1, 1, 1], [3, 4, 1], [1] * 8, [2, 6]], ids=str)
 def test_cache_gives_the_full_forwards_logits(cuts):
     """However the tokens arrive: also several at once over a cache, which needs the mask."""
     model, tokens = random_model(), torch.randint(V, (2, 8), generator=torch.Generator())
-    cache, outs = KVCache(model.config, 2, 8, None, torch.float64), []
+    cache, outs = KVCache(model.config, [8, 8], None, torch.float64), []
     for new in tokens.split(cuts, dim=1):
-        start, stop = cache.length, cache.length + new.shape[1]
-        segments = plain(2, stop - start, stop)
-        positions = torch.arange(start, stop).repeat(2)
+        positions, segments = cache.grow([0, 1], [new.shape[1]] * 2)
         outs.append(model.hidden_states(new.flatten(), positions, segments, cache).view(2, -1, 16))
-        cache.length = stop
     torch.testing.assert_close(model.logits(torch.cat(outs, 1)), model(tokens), rtol=0, atol=1e-12)
 
 
-def test_batched_generation_equals_one_at_a_time():
-    model, tokens = random_model(), torch.arange(12).view(3, 4)
-    one_by_one = torch.cat([model.generate(row[None], 20) for row in tokens])
-    assert torch.equal(model.generate(tokens, 20), one_by_one)
+def test_a_cache_grows_sequence_by_sequence():
+    """Sequences of 5, 3 and 2 rows: prompts of 2, 1 and 2 tokens, then one more for two of them."""
+    cache = KVCache(random_model().config, [5, 3, 2], None, torch.float64)
+    positions, segments = cache.grow([0, 1, 2], [2, 1, 2])
+    assert positions.tolist() == [0, 1, 0, 0, 1]
+    assert cache.rows.tolist() == segments.key_index.tolist() == [0, 1, 5, 8, 9]
+    assert segments.lengths == ((2, 2), (1, 1), (2, 2))
+    positions, segments = cache.grow([0, 1], [1, 1])
+    assert positions.tolist() == [2, 1] and cache.rows.tolist() == [2, 6]
+    assert segments.key_index.tolist() == [0, 1, 2, 5, 6]
+    assert segments.lengths == ((1, 3), (1, 2))
 
 
-def test_eos_stops_and_fills():
-    model, tokens = random_model(), torch.arange(12).view(3, 4)
-    free = model.generate(tokens, 20)
-    new = free[:, 4:].tolist()
+def test_a_sequence_ends_behind_eos_and_leaves_the_batch(monkeypatch):
+    model, prompts = random_model(), random_prompts(4, 2, 7)
+    free = model.generate(prompts, 20)
     # an id that row 0 meets early, then another row later, and one that never comes
-    eos_id = next(x for x in new[0] if all(x in row for row in new[1:]))
-    stops = [row.index(eos_id) + 1 for row in new]
+    eos_id = next(x for x in free[0] if all(x in row for row in free[1:]))
+    stops = [row.index(eos_id) + 1 for row in free]
     assert len(set(stops)) > 1, "the rows should finish at different steps"
-    got = model.generate(tokens, 20, eos_id=eos_id)
-    assert got.shape == (3, 4 + max(stops))  # ends as soon as the last row does
-    for row, text, stop in zip(got[:, 4:].tolist(), new, stops, strict=True):
-        assert row == text[:stop] + [eos_id] * (max(stops) - stop)
-    never = next(x for x in range(V) if not any(x in row for row in new))
-    assert torch.equal(model.generate(tokens, 20, eos_id=never), free)
+    sizes, logits = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
+    got = model.generate(prompts, 20, eos_id=eos_id)
+    assert got == [row[:stop] for row, stop in zip(free, stops, strict=True)]
+    assert sizes == [sum(stop > t for stop in stops) for t in range(max(stops))]
+    never = next(x for x in range(V) if not any(x in row for row in free))
+    assert model.generate(prompts, 20, eos_id=never) == free
 
 
 def test_an_eos_in_the_prompt_stops_nothing():
-    model, tokens = random_model(), torch.arange(4)[None]
-    first = model.generate(tokens, 1)[0, -1].item()
-    eos_id = next(x for x in tokens[0].tolist() if x != first)
-    assert model.generate(tokens, 1, eos_id=eos_id).tolist() == [[0, 1, 2, 3, first]]
+    model, prompt = random_model(), [0, 1, 2, 3]
+    (first,) = model.generate([prompt], 1)
+    eos_id = next(x for x in prompt if x != first[0])
+    assert model.generate([prompt], 1, eos_id=eos_id) == [first]
 
 
 def test_context_may_be_filled_and_not_exceeded():
-    model, tokens = random_model(max_seq_len=8), torch.arange(5)[None]
-    assert model.generate(tokens, 3).shape == (1, 8) and model(torch.arange(8)[None]).shape[1] == 8
-    assert torch.equal(model.generate(tokens, 0), tokens)
-    with pytest.raises(ValueError, match=r"9\b.*context.*8"):
-        model.generate(tokens, 4)
+    model = random_model(max_seq_len=8)
+    prompts = [[1] * 5, [1] * 8, [1]]
+    assert [len(new) for new in model.generate(prompts, 4)] == [3, 0, 4]
+    assert model.generate(prompts, 0) == [[], [], []] and model.generate([], 4) == []
+    for wrong in ([1] * 9, []):
+        with pytest.raises(ValueError, match=rf"{len(wrong)} tokens.*context is 1 to 8"):
+            model.generate([[1], wrong], 4)
     with pytest.raises(ValueError, match=r"9\b.*context.*8"):
         model(torch.arange(9)[None])
 
@@ -367,17 +399,17 @@ def test_each_row_is_filtered_by_its_own_logits():
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}], ids=str)
 def test_sampling_from_one_token_is_greedy(options):
-    model, tokens = random_model(), torch.arange(8).view(2, 4)
-    assert torch.equal(model.generate(tokens, 20, 1.0, **options), model.generate(tokens, 20))
+    model, prompts = random_model(), random_prompts(4, 6)
+    assert model.generate(prompts, 20, 1.0, **options) == model.generate(prompts, 20)
 
 
 def test_a_generator_decides_the_sample():
-    model, tokens = random_model(), torch.arange(8).view(2, 4)
+    model, prompts = random_model(), random_prompts(4, 6)
     texts = [
-        model.generate(tokens, 20, 1.0, generator=torch.Generator().manual_seed(seed))
+        model.generate(prompts, 20, 1.0, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
     ]
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert texts[0] == texts[1] != texts[2]
 
 
 # -----------------------------------------------------------------------------
@@ -390,16 +422,16 @@ def stories(shared):
     expected = json.loads((shared / "stories260K" / "expected.json").read_text())
     model = Transformer.from_pretrained(shared / "stories260K")
     assert not model.training and model.config.max_seq_len == 512
-    prompt = torch.tensor([expected["prompt_ids"]])
-    tokens = model.generate(prompt, len(expected["greedy_ids"]))
+    prompt = expected["prompt_ids"]
+    (new,) = model.generate([prompt], len(expected["greedy_ids"]))
     with torch.no_grad():
-        return expected, tokens[0], model(tokens)[0, prompt.shape[1] - 1 : -1]
+        return expected, new, model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
 
 
 def test_stories260k_gives_the_expected_text(stories):
     """The best two logits are 0.07 apart or more."""
-    expected, tokens, _ = stories
-    assert tokens.tolist() == expected["prompt_ids"] + expected["greedy_ids"]
+    expected, new, _ = stories
+    assert new == expected["greedy_ids"]
 
 
 def test_stories260k_gives_the_expected_logits(stories):
@@ -446,9 +478,10 @@ def test_gradients_by_bfloat16_compute_are_float32_and_point_the_right_way(in_bf
 
 
 def test_generation_by_bfloat16_compute_begins_as_by_recomputing(in_bfloat16):
-    tokens = torch.arange(8).view(2, 4)
-    first = greedy_by_full_forward(in_bfloat16, tokens, 1)
-    assert torch.equal(in_bfloat16.generate(tokens, 9)[:, :5], first)
+    prompts = random_prompts(4, 6)
+    got = in_bfloat16.generate(prompts, 9)
+    firsts = [greedy_by_full_forward(in_bfloat16, prompt, 1) for prompt in prompts]
+    assert [new[:1] for new in got] == firsts
 
 
 def test_norms_are_float32_inside():

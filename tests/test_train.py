@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -307,15 +308,34 @@ def test_the_built_in_folder_is_replaced_by_the_built_in_job_alone(
     assert "holds a run" in fails(capsys, [*arguments, *out])
 
 
-def test_answers_do_not_depend_on_their_neighbours(folder):
-    """Greedy answers in one call, grouped by prompt length, equal those asked one at a time."""
+@pytest.mark.parametrize("batch_tokens", [1, 200, 10**6])
+def test_answers_do_not_depend_on_their_neighbours(batch_tokens):
+    """Greedy ones of prompts of 1 to 60 tokens: in one batch, in some, one by one."""
     model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float32)
     tokenizer = data.load_tokenizer(FACTS / "base")
-    rows = data.load_preferences(FACTS / "eval.jsonl")[:12]
-    prompts = [pair.prompt for pair in data.encode_rows(tokenizer, rows, 96, 96)[0]]
-    together = train.answers(model, tokenizer, prompts, 24)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 200) for _ in range(rng.randint(1, 60))] for _ in range(9)]
+    batches = []
+    together = train.answers(
+        model, tokenizer, prompts, 24, batch_tokens, lambda b: batches.extend(b) or b
+    )
+    assert len(batches) in {1: [9], 200: range(3, 9), 10**6: [1]}[batch_tokens]
     assert together == [train.answers(model, tokenizer, [p], 24)[0] for p in prompts]
-    assert any(together)
+    assert len(set(together)) > 4
+
+
+def test_sampled_answers_are_those_of_the_generator():
+    model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float32)
+    tokenizer = data.load_tokenizer(FACTS / "base")
+    prompts = [[5], [6, 7, 8], [9] * 20]
+    first, again, other = (
+        train.answers(
+            model, tokenizer, prompts, 24, temperature=1.0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (0, 0, 1)
+    )  # fmt: skip
+    assert first == again != other
 
 
 # ---------------------------------------------------------------------------------------------

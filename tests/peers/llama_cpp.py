@@ -27,9 +27,9 @@ def ours(folder: Path, prompts: list[str]) -> list[str]:
     texts = []
     for prompt in prompts:
         ids = data.encode_prompt(tokenizer, prompt)
-        out = model.generate(torch.tensor([ids]), NEW, eos_id=tokenizer.eos_id)[0].tolist()
-        end = out.index(tokenizer.eos_id, len(ids)) if tokenizer.eos_id in out[len(ids) :] else None
-        texts.append(tokenizer.decode(out[:end])[len(tokenizer.decode(ids)) :])
+        (new,) = model.generate([ids], NEW, eos_id=tokenizer.eos_id)
+        new = [token for token in new if token != tokenizer.eos_id]
+        texts.append(tokenizer.decode([*ids, *new])[len(tokenizer.decode(ids)) :])
     return texts
 
 
