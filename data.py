@@ -119,7 +119,8 @@ def preference(row, where: str) -> Preference:
         if prompt is None:
             prompt, form = _common_text(chosen, rejected), "strings with a common beginning"
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return Preference(prompt, chosen, rejected, accept, where, form, _ignored(row, [prompt]))
+        ignored = _ignored(row, [prompt, chosen, rejected])
+        return Preference(prompt, chosen, rejected, accept, where, form, ignored)
 
     for key in (name, "chosen", "rejected"):
         if not (key == name and isinstance(prompt, str | None)):
@@ -141,7 +142,7 @@ def preference(row, where: str) -> Preference:
             wanted = "the prompt's messages and one assistant message more, or that message alone"
             raise ValueError(f"{key} must be {wanted}; it is {roles} after {len(prompt)} messages")
         answers.append(answer)
-    used = [prompt, chosen, rejected, *(m["content"] for m in prompt)]
+    used = [prompt, chosen, rejected, *(m["content"] for m in prompt + chosen + rejected)]
     return Preference(prompt, *answers, accept, where, form, _ignored(row, used))
 
 
@@ -297,7 +298,8 @@ def make_pairs(rows, tokenizer, max_length: int, max_prompt_length: int, progres
     ]
     ignored = {key for row in rows for key in row.ignored}
     if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
-        about.append(f"warning: examples/prepare.py makes use of {', '.join(used)}, train.py not")
+        text = f"warning: {' and '.join(used)} not used; examples/prepare.py puts such columns"
+        about.append(f"{text} into the prompt")
     return PairSet(pairs, "\n         ".join(about))
 
 

@@ -69,6 +69,8 @@ def files_of(path: Path, split: str | None) -> list[Path]:
 def read(path: Path):
     """Yields (number, row): a ValueError in place of a row that is not JSON. Numbers are lines in
     JSON Lines, else rows, from 1. Raises ValueError where the file itself is broken."""
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{path}: parquet needs pyarrow: pip install pyarrow")
     try:
         if path.suffix == ".parquet":
             yield from enumerate(read_parquet(path), 1)
@@ -96,8 +98,6 @@ def parsed(line: bytes):
 
 
 def read_parquet(path: Path):
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("parquet needs pyarrow: pip install pyarrow")
     import pyarrow
     from pyarrow import parquet
 
@@ -184,26 +184,26 @@ def convert(row, where: str) -> data.Preference:
         row |= {"chosen": sides[0], "rejected": sides[1]}
     found = data.preference(row | ({} if prompt is None else {"prompt": prompt}), where)
     form = form or found.form
-    if "system" in found.ignored and isinstance(found.prompt, list) and isinstance(system, str):
-        if found.prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": system}, *found.prompt]
-            ignored = tuple(key for key in found.ignored if key != "system")
-            found = found._replace(prompt=prompt, ignored=ignored)
-            form += ", system as a message"
+    unused = "system" in found.ignored and isinstance(system, str)
+    if unused and isinstance(found.prompt, list) and found.prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *found.prompt]
+        ignored = tuple(key for key in found.ignored if key != "system")
+        found = found._replace(prompt=prompt, ignored=ignored)
+        form += ", system as a message"
     return found._replace(form=form)
 
 
 # ---------------------------------------------------------------------------------------------
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN")
     parser.add_argument("--out", required=True, type=Path, metavar="PAIRS.jsonl")
     parser.add_argument("--split", help='of a folder (default: "train", or the only one)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         prepare(args.inputs, args.out, args.split)
     except (OSError, ValueError) as error:
