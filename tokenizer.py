@@ -87,15 +87,16 @@ def _refuse(file: Path, part: str, found):
 
 
 class WordIds(dict):
-    """The ids of words by `encode`, kept while there are at most 2^18 of them: some 60 MB, where
-    an endless text would fill the memory."""
+    """The ids of words by `encode`, kept until there are `most` of them, which take some 60 MB."""
+
+    most = 1 << 18
 
     def __init__(self, encode):
         super().__init__()
         self.encode = encode
 
     def __missing__(self, word: str):
-        if len(self) >= 1 << 18:
+        if len(self) >= self.most:
             self.clear()
         ids = self[word] = self.encode(word)
         return ids

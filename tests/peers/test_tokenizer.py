@@ -16,7 +16,7 @@ import sentencepiece
 
 import data
 import train
-from tests.tokenizer_json import byte_level
+from tests.tokenizer_json import LEVEL, byte_level
 
 from . import tiny
 
@@ -379,8 +379,10 @@ ROW = {
 
 def bytes_with_bos(folder):
     """Byte-level, in tokenizer.json, with <s> and </s>."""
-    added = [{"content": text, "special": True} for text in ("<s>", "</s>")]
-    spec = byte_level(["W h", "Wh a", "a t", "Ġ l"], added)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"content": text, "special": True} | flags for text in ("<s>", "</s>")]
+    level = LEVEL | {"trim_offsets": True}
+    spec = byte_level(["W h", "Wh a", "a t", "Ġ l"], added, pre_tokenizer=level, decoder=level)
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
