@@ -239,7 +239,10 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError:
             raise ValueError(f"{file.name}: not a sentencepiece model, or cut short") from None
         self.strips_spaces = self.sp.encode("  a") == self.sp.encode("a")
-        self.word_ids = WordIds(self.sp_continuation.encode)
+        # The library makes a new int of every id. One for all is faster to read and saves memory.
+        shared = list(range(self.sp.vocab_size())).__getitem__
+        encode = self.sp_continuation.encode
+        self.word_ids = WordIds(lambda word: tuple(map(shared, encode(word))))
         # After a special token only old ("legacy") Llama tokenizers add the dummy space.
         self.dummy_space_always = bool(config.get("legacy", False))
         vocab = {self.sp.id_to_piece(i): i for i in range(self.sp.vocab_size())}

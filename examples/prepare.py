@@ -151,6 +151,13 @@ def messages_of(value):
     return messages
 
 
+def line_of(row: data.Preference) -> bytes:
+    """Raises ValueError where a text has half a surrogate pair, which is nothing in UTF-8."""
+    kept = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+    kept |= {} if row.accept is None else {"accept": row.accept}
+    return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
+
+
 def convert(row, where: str) -> data.Preference:
     """A row of any form as train.py's. Raises ValueError with the reason why there is none."""
     if isinstance(row, ValueError):
@@ -218,29 +225,27 @@ def prepare(inputs: list[Path], out: Path, split: str | None):
     if any(path.is_dir() for path in inputs):
         print(f"taken: {', '.join(map(str, files))}")
     rows, n, dropped, first = [], 0, Counter(), {}
-    for file in files:
-        for number, row in read(file):
-            n, where = n + 1, f"{file}:{number}"
-            try:
-                rows.append(convert(row, where))
-            except ValueError as error:
-                reason = f"{error!s:.200}"
-                dropped[reason] += 1
-                first.setdefault(reason, where)
-    drops = [f"{k} {why} (first: {first[why]})" for why, k in dropped.most_common(10)]
-    if len(dropped) > 10:
-        drops.append(f"{dropped.total() - sum(k for _, k in dropped.most_common(10))} others")
-    if not rows:
-        raise ValueError(f"no pairs left of {n} rows of {files[0]}: {'; '.join(drops) or 'none'}")
     beside = out.with_name(out.name + ".tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as f:
-            for row in rows:
-                kept = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-                kept |= {} if row.accept is None else {"accept": row.accept}
-                f.write(json.dumps(kept, ensure_ascii=False) + "\n")
+        with open(beside, "wb") as f:
+            for where, row in ((f"{file}:{i}", row) for file in files for i, row in read(file)):
+                n += 1
+                try:
+                    found = convert(row, where)
+                    f.write(line_of(found))
+                    rows.append(found)
+                except ValueError as error:
+                    reason = f"{error!s:.200}"
+                    dropped[reason] += 1
+                    first.setdefault(reason, where)
+        drops = [f"{k} {why} (first: {first[why]})" for why, k in dropped.most_common(10)]
+        if len(dropped) > 10:
+            drops.append(f"{n - len(rows) - sum(k for _, k in dropped.most_common(10))} others")
+        if not rows:
+            reasons = "; ".join(drops) or "the files are empty"
+            raise ValueError(f"{files[0]}: no pairs left of {n} rows: {reasons}")
         beside.replace(out)
-    except OSError as error:
+    except OSError as error:  # of writing: `read` makes its own a ValueError
         raise OSError(f"{out}: cannot be written: {error.strerror}") from None
     finally:
         beside.unlink(missing_ok=True)

@@ -180,7 +180,13 @@ def test_prepare_counts_rows_that_it_cannot_use_with_the_first_ones_line(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xef\xbb\xbf" + json.dumps(QA).encode(), f"\n \n[{json.dumps(QA)}]".encode()]
+    "content",
+    [
+        b"\xef\xbb\xbf" + json.dumps(QA).encode(),
+        f"\n \n[{json.dumps(QA)}]".encode(),
+        rb'[{"prompt": "\ud800", "chosen": "a", "rejected": "b"},' + json.dumps(QA).encode() + b"]",
+    ],
+    ids=["BOM", "blank lines", "half a surrogate pair"],
 )
 def test_prepare_reads_behind_a_bom_and_an_array_behind_blank_lines(tmp_path, content):
     (tmp_path / "rows.json").write_bytes(content)
