@@ -14,6 +14,7 @@ shared, and training sees the tokens that generation will see.
 
     rows    load_preferences(file)       JSON Lines -> Preference, each complaint with FILE:LINE
     pairs   encode_pair(...)             -> Pair; the one place that truncates and drops
+            make_pairs(...)              all rows -> PairSet, and what there is to say of them
     steps   epoch_permutation(...)       which pairs come when: no other state
     batches micro_batches(...)           -> Batch: tensors, and how much every token counts
 
@@ -21,11 +22,14 @@ Look at your own data before training on it:  python data.py FILE --model DIR
 """
 
 import argparse
+import codecs
 import functools
 import json
 import os
+import re
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -49,30 +53,33 @@ class Preference(NamedTuple):
     accept: list[str] | None  # answers that count as right, where they can be listed
     where: str  # FILE:LINE
     form: str = ""  # how the row was written, in words
+    ignored: tuple[str, ...] = ()  # keys whose values are not used and stand nowhere else
 
 
 def load_preferences(path) -> list[Preference]:
     """Reads JSON Lines with prompt, chosen, rejected: strings, or lists of {role, content}.
 
     `instruction` or `question` may stand for `prompt`. Without one, or where chosen and rejected
-    are whole dialogues, the prompt is their common beginning. Other keys are ignored, but for
-    `accept`, a list of right answers (strings). Raises FileNotFoundError, or ValueError that
-    begins with FILE:LINE.
+    are whole dialogues, the prompt is their common beginning. Other keys are ignored, and noted in
+    `ignored`, but for `accept`, a list of right answers (strings). Raises FileNotFoundError, or
+    ValueError that begins with FILE:LINE.
     """
     path = Path(path)
     expected = "UTF-8 text, a JSON object a line, is expected (examples/prepare.py makes it)"
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {problem}; {expected}")
-    rows, content = [], path.read_bytes()
-    if content.startswith((b"PAR1", b"\x1f\x8b")):
-        raise ValueError(f"{path}: is a parquet or gzip file; {expected}")
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
+    rows = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if number == 1 and line.startswith((b"PAR1", b"\x1f\x8b")):
+                raise ValueError(f"{path}: is a parquet or gzip file; {expected}")
+            if not (line := line.removeprefix(codecs.BOM_UTF8).strip()):
+                continue
+            if not rows and line.startswith(b"["):
+                raise ValueError(f"{path}:{number}: a JSON array begins here; {expected}")
             try:
-                row = json.loads(line.decode("utf-8-sig"))
-                json.dumps(row, ensure_ascii=False).encode("utf-8")  # not so half a surrogate pair
-                rows.append(_preference(row, f"{path}:{number}"))
+                rows.append(preference(parse_json(line), f"{path}:{number}"))
             except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: {error}; {expected}") from None
             except ValueError as error:
@@ -82,10 +89,22 @@ def load_preferences(path) -> list[Preference]:
     return rows
 
 
-def _preference(row, where: str) -> Preference:
+def parse_json(line: bytes):
+    """A line's value. Raises json.JSONDecodeError, RecursionError, UnicodeError."""
+    value = json.loads(line.decode("utf-8"))
+    if b"\\u" in line:  # half a surrogate pair can only be written so, and has no bytes
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def preference(row, where: str) -> Preference:
+    """A row as parsed from JSON. Raises ValueError that says what is wrong with it, without
+    `where`."""
     if not isinstance(row, dict):
         hint = " (examples/prepare.py reads such a file)" if isinstance(row, list) else ""
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}{hint}")
+    if not {"chosen", "rejected"} & set(row):
+        raise ValueError(f"neither chosen nor rejected is among the row's keys: {sorted(row)}")
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f"key {key!r} is missing; the row has {sorted(row)}")
@@ -100,13 +119,19 @@ def _preference(row, where: str) -> Preference:
         if prompt is None:
             prompt, form = _common_text(chosen, rejected), "strings with a common beginning"
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return Preference(prompt, chosen, rejected, accept, where, form)
+        ignored = _ignored(row, [prompt, chosen, rejected])
+        return Preference(prompt, chosen, rejected, accept, where, form, ignored)
 
     for key in (name, "chosen", "rejected"):
         if not (key == name and isinstance(prompt, str | None)):
             _check_messages(key, row[key])
     form = f"messages: {name}, chosen, rejected"
     if not isinstance(prompt, list):  # whole dialogues; UltraFeedback repeats a string beside them
+        if prompt and len(chosen) == len(rejected) == 1:
+            raise ValueError(
+                f"{name} is text, but chosen and rejected are messages that do not repeat it: "
+                "make it a list of messages too (examples/prepare.py does)"
+            )
         same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
         prompt, form = chosen[: [*same, False].index(False)], "dialogues with a common beginning"
     answers = []
@@ -117,7 +142,17 @@ def _preference(row, where: str) -> Preference:
             wanted = "the prompt's messages and one assistant message more, or that message alone"
             raise ValueError(f"{key} must be {wanted}; it is {roles} after {len(prompt)} messages")
         answers.append(answer)
-    return Preference(prompt, *answers, accept, where, form)
+    used = [prompt, chosen, rejected, *(m["content"] for m in prompt + chosen + rejected)]
+    return Preference(prompt, *answers, accept, where, form, _ignored(row, used))
+
+
+def _ignored(row: dict, used: list) -> tuple[str, ...]:
+    """The keys whose values are neither empty nor among those used: UltraFeedback's rows repeat
+    their prompt and the chosen dialogue."""
+    used = [None, "", [], {}, *used]
+    known = ("chosen", "rejected", "accept")
+    keys = (key for key in row if key not in known and row[key] not in used)
+    return tuple(map(sys.intern, keys))
 
 
 def _check_messages(key: str, messages):
@@ -150,6 +185,7 @@ class Pair(NamedTuple):
     where: str = ""  # FILE:LINE
     accept: list[str] | None = None  # answers that count as right, where they can be listed
     chat: bool = False  # written as messages, which went through the chat template
+    cut: tuple[bool, bool] = (False, False)  # chosen, rejected: so long that the end, EOS, is lost
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -178,7 +214,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
         texts = [text[len(prompt_text) :] for text in full]
-    prompt = encode_prompt(tokenizer, prompt_text)
+    prompt = encode_prompt(tokenizer, prompt_text, chat)
     responses = []
     for text in texts:
         ids = tokenizer.encode(text, continuation=True)
@@ -200,12 +236,19 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     if chosen[:room] == rejected[:room]:
         return f"identical once cut to {max_length} tokens"
     arrays = (np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room]))
-    return Pair(*arrays, row.where, row.accept, chat)
+    cut = len(chosen) > room, len(rejected) > room
+    return Pair(*arrays, row.where, row.accept, chat, cut)
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """A prompt as the model sees it: BOS once in front, also where a template wrote it already."""
-    ids = tokenizer.encode(text)
+def encode_prompt(tokenizer, text: str, chat: bool = False) -> list[int]:
+    """A prompt as the model sees it: BOS once in front, also where a template wrote it already.
+
+    chat: the text is a chat template's. Then BOS is put in front as text, as the template says it
+    that is saved with the model, because some tokenizers encode what follows it in another way
+    than what begins a text.
+    """
+    bos = tokenizer.special_tokens.get("bos_token", "") if chat else ""
+    ids = tokenizer.encode(text if text.startswith(bos) else bos + text)
     return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
 
 
@@ -221,6 +264,68 @@ def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progre
     if not pairs:
         raise ValueError(f"no pairs left of {len(rows)} rows: {describe(dropped)}")
     return pairs, dropped
+
+
+@dataclass
+class PairSet:
+    """Pairs, and what there is to say of them, some lines of text."""
+
+    pairs: list[Pair]
+    about: str = ""
+
+
+def make_pairs(rows, tokenizer, max_length: int, max_prompt_length: int, progress=iter) -> PairSet:
+    """The pairs that train.py trains on and data.py shows, of the rows of one file.
+
+    max_length is not above the model's context. Raises ValueError with the file's name.
+    """
+    if not rows:
+        return PairSet([])
+    file = rows[0].where.rpartition(":")[0]
+    try:
+        pairs, dropped = encode_rows(tokenizer, rows, max_length, max_prompt_length, progress)
+    except ValueError as error:
+        raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
+    forms = " and ".join(dict.fromkeys(row.form for row in rows))
+    lengths = np.array([pair.lengths for pair in pairs]).mean(0)
+    chosen, rejected = (sum(pair.cut[i] for pair in pairs) for i in (0, 1))
+    about = [
+        f"{file}: {forms}",
+        f"{len(pairs)} pairs of {len(rows)}; dropped: {describe(dropped)}",
+        "mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths),
+        f"cut to {max_length} tokens, so without EOS: {chosen} chosen, {rejected} rejected",
+        *warnings_of(rows),
+    ]
+    ignored = {key for row in rows for key in row.ignored}
+    if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
+        text = f"warning: {' and '.join(used)} not used; examples/prepare.py puts such columns"
+        about.append(f"{text} into the prompt")
+    return PairSet(pairs, "\n         ".join(about))
+
+
+def warnings_of(rows: list[Preference]) -> list[str]:
+    """What in the rows is lost, or probably not meant so: a line each."""
+    warnings = []
+    if ignored := Counter(key for row in rows for key in row.ignored):
+        keys = [f"{key} ({n} rows)" for key, n in ignored.most_common(20)]
+        more = f" and {len(ignored) - 20} others" if len(ignored) > 20 else ""
+        warnings.append(f"ignored columns: {', '.join(keys)}{more}")
+    if not any(row.prompt for row in rows):
+        warnings.append("warning: all prompts are empty")
+    # The last character of the prompt and the first of the answer. Not all scripts have spaces.
+    joined = re.compile(r"[\w.,:;?!)][^\W_]", re.ASCII)
+    joins = [
+        row
+        for row in rows
+        if isinstance(row.prompt, str) and joined.fullmatch(row.prompt[-1:] + row.chosen[:1])
+    ]
+    if joins:
+        prompt, chosen = joins[0].prompt, joins[0].chosen
+        warnings.append(
+            f"warning: {len(joins)} of {len(rows)} prompts run into their answer without a space, "
+            f"as at {joins[0].where}: {(prompt[-20:] + chosen[:20])!r}"
+        )
+    return warnings
 
 
 def hold_out(rows: list[Preference], fraction: float, seed: int):
@@ -412,7 +517,7 @@ def use_colour() -> bool:
 
 
 def main(argv=None):
-    """Prints three pairs as they are trained on, and how many are dropped, why."""
+    """Prints three pairs as they are trained on, and what train.py says of all of them."""
 
     def complain(message):  # without the dump of the usage
         raise ValueError(f"{message} (see python data.py --help)")
@@ -421,18 +526,25 @@ def main(argv=None):
     parser.error = complain
     parser.add_argument("file", help="preference rows, JSON Lines")
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the tokenizer")
+    parser.add_argument("--chat-template", metavar="FILE", help="jinja file, not the model's own")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens (2048)")
     parser.add_argument("--max-prompt-length", type=int, default=1792, help="tokens (1792)")
     try:
         args = parser.parse_args(argv)
-        tokenizer, rows = load_tokenizer(args.model), load_preferences(args.file)
-        pairs, dropped = encode_rows(tokenizer, rows, args.max_length, args.max_prompt_length)
+        tokenizer = load_tokenizer(args.model, args.chat_template)
+        length, settings = args.max_length, Path(args.model) / "config.json"
+        if settings.is_file():
+            from model import ModelConfig  # for this alone: pairs know nothing of models
+
+            length = min(length, ModelConfig.from_json(settings).max_seq_len)
+        rows = load_preferences(args.file)
+        pair_set = make_pairs(rows, tokenizer, length, args.max_prompt_length)
     except (OSError, ValueError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    for pair in pairs[:3]:
+    for pair in pair_set.pairs[:3]:
         print(show(pair, tokenizer, use_colour()), end="\n\n")
-    print(f"{len(pairs)} pairs of {len(rows)} rows; dropped: {describe(dropped)}")
+    print(pair_set.about.replace("\n         ", "\n"))
 
 
 if __name__ == "__main__":

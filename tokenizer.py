@@ -30,10 +30,19 @@ class UnsupportedTokenizer(ValueError):
     """The file is sound, but of a kind that is not implemented here."""
 
 
-def load_tokenizer(path) -> "Tokenizer":
+def load_tokenizer(path, chat_template=None) -> "Tokenizer":
     """The tokenizer of a folder: tokenizer.json, else tokenizer.model, else vocab.json and
     merges.txt. path may also be one of these files. If tokenizer.json is of an unsupported kind,
-    tokenizer.model is read instead. Raises FileNotFoundError or ValueError with the path."""
+    tokenizer.model is read instead. chat_template: a jinja file that is used in place of the
+    folder's own. Raises FileNotFoundError or ValueError with the path."""
+    if chat_template is not None:
+        try:
+            template = Path(chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{chat_template}: {error}") from None
+        tokenizer = load_tokenizer(path)
+        tokenizer.chat_template = template
+        return tokenizer
     path = Path(path)
     files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
     files = [file for file in files if file.is_file()] or [path / "vocab.json"]
@@ -77,6 +86,25 @@ def _refuse(file: Path, part: str, found):
     raise UnsupportedTokenizer(f"{file}: its {part} is {found}; supported: {supported}")
 
 
+class WordIds(dict):
+    """The ids of words by `encode`, kept until there are `most` of them, which take some 60 MB."""
+
+    most = 1 << 18
+
+    def __init__(self, encode):
+        super().__init__()
+        self.encode = encode
+
+    def __missing__(self, word: str):
+        if len(self) >= self.most:
+            self.clear()
+        ids = self[word] = self.encode(word)
+        return ids
+
+    def of(self, words: list[str]) -> list[int]:
+        return list(chain.from_iterable(map(self.__getitem__, words)))
+
+
 class Tokenizer:
     """What all kinds share: special tokens, the start of a text, the chat template.
 
@@ -118,10 +146,7 @@ class Tokenizer:
                 raise ValueError(f"token {text!r:.80} has the id {i!r:.80}")
         "".join(ids).encode()  # raises where a token is half a surrogate pair, which has no bytes
         self.vocab_size = 1 + max(ids.values())
-        jinja = file.parent / "chat_template.jinja"
-        template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
-        if isinstance(template, list):  # several templates, each with a name
-            template = {t["name"]: t["template"] for t in template}.get("default")
+        template = _read_chat_template(file.parent, config)
         self.has_chat_template = bool(template)
         self.chat_template = template or AUTHORS_CHAT_TEMPLATE
         self.text_of_added = {i: text for text, i in self.added.items()}
@@ -158,6 +183,31 @@ class Tokenizer:
         template, special = self.chat_template, self.special_tokens
         return render_chat_template(template, messages, add_generation_prompt, special)
 
+    def save_chat_template(self, folder: Path):
+        """Makes this template the one of a folder of tokenizer files, and lets it begin with BOS
+        as training does (data.encode_prompt): who serves a model tokenises a template's text
+        without adding special tokens. Writes nothing where the folder has that template already."""
+        template, bos = self.chat_template, self.special_tokens.get("bos_token")
+        try:
+            question = [{"role": "user", "content": "?"}]
+            says_bos = bool(bos) and self.apply_chat_template(question, True).startswith(bos)
+        except ValueError:  # a template that wants other messages
+            says_bos = "bos_token" in template
+        if bos and not says_bos:
+            template = BOS_IN_FRONT + template
+        config = _read_json(folder / "tokenizer_config.json")
+        if template == _read_chat_template(folder, config):
+            return
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if named := config.get("chat_template"):  # which readers that are older look for alone
+            if isinstance(named, list):
+                others = [t for t in named if t["name"] != "default"]
+                named = [*others, {"name": "default", "template": template}]
+            else:
+                named = template
+            text = json.dumps(config | {"chat_template": named}, indent=2, ensure_ascii=False)
+            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
     def turn_end(self) -> str:
         """What the chat template puts behind an answer: EOS, or for instance <|im_end|>; "" where
         the template refuses a simple dialogue."""
@@ -167,6 +217,10 @@ class Tokenizer:
         except ValueError:
             return ""
         return text.rpartition("@@")[2].strip()
+
+
+# A word with the spaces, which sentencepiece writes as ▁, and newlines in front of it.
+SPACED_WORDS = re.compile("[▁ \n]*[^▁ \n]+|[▁ \n]+").findall
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -185,9 +239,14 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError:
             raise ValueError(f"{file.name}: not a sentencepiece model, or cut short") from None
         self.strips_spaces = self.sp.encode("  a") == self.sp.encode("a")
+        # The library makes a new int of every id. One for all is faster to read and saves memory.
+        shared = list(range(self.sp.vocab_size())).__getitem__
+        encode = self.sp_continuation.encode
+        self.word_ids = WordIds(lambda word: tuple(map(shared, encode(word))))
         # After a special token only old ("legacy") Llama tokenizers add the dummy space.
         self.dummy_space_always = bool(config.get("legacy", False))
         vocab = {self.sp.id_to_piece(i): i for i in range(self.sp.vocab_size())}
+        self.splits = self._splits(vocab)
         control = {p: i for p, i in vocab.items() if self.sp.is_control(i) or self.sp.is_unknown(i)}
         added = [{"content": piece, "id": i} for piece, i in control.items()]
         names = ("bos", "eos", "unk", "pad")
@@ -198,7 +257,20 @@ class SentencePieceTokenizer(Tokenizer):
         # Where the model removes leading spaces, the dummy space in front of a continuation
         # stands for the spaces that it begins with.
         dummy_space |= self.strips_spaces and text[0] == " "
-        return (self.sp if dummy_space else self.sp_continuation).encode(text)
+        if not self.splits:
+            return (self.sp if dummy_space else self.sp_continuation).encode(text)
+        words = SPACED_WORDS(text)
+        start = self.sp.encode(words.pop(0)) if dummy_space else []
+        return start + self.word_ids.of(words)
+
+    def _splits(self, vocab: dict) -> bool:
+        """Whether each word may be encoded alone, and so once: no piece reaches over the space or
+        the newline in front of a word, and neither does anything else that the library does."""
+        if self.strips_spaces or "<0x0A>" not in vocab:  # runs of unknown characters are joined
+            return False
+        ids = range(self.sp.vocab_size())
+        by_rank = all(self.sp.get_score(i).is_integer() for i in ids)  # else Unigram's sums
+        return by_rank and not any(re.search("[^▁\n][▁\n]", piece) for piece in vocab)
 
     def decode_text(self, ids: list[int], at_start: bool) -> str:
         # A padded embedding matrix has more rows than the vocabulary has pieces.
@@ -282,7 +354,7 @@ class BPETokenizer(Tokenizer):
         alphabet = set(BYTE_OF_CHARACTER if self.byte_level else [*BYTE_PIECES, "▁"])
         if not (self.byte_level or model.get("byte_fallback")) or not alphabet <= self.vocab.keys():
             _refuse(file, "model", "without byte_fallback, or without a piece for each byte")
-        self.word_ids = functools.lru_cache(maxsize=1 << 16)(self.merge_word)
+        self.word_ids = WordIds(self.merge_word)
         # GPT-2's tokenizer_config.json names no special tokens, but the model's has their ids.
         ids = _read_json(file.parent / "config.json")
         defaults = {name: ids.get(f"{name}_id") for name in ("bos_token", "eos_token")}
@@ -338,7 +410,7 @@ class BPETokenizer(Tokenizer):
             if dummy_space and (self.prepend_always or text[0] not in " ▁"):
                 text = "▁" + text
             text = text.replace(" ", "▁")
-        return list(chain.from_iterable(map(self.word_ids, self.words(text))))
+        return self.word_ids.of(self.words(text))
 
     def merge_word(self, word: str) -> tuple[int, ...]:
         """The ids of one word. A character that the vocabulary lacks is encoded as its bytes."""
@@ -438,6 +510,20 @@ AUTHORS_CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{{ eos_token }}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+
+
+# The comment's end takes the newline away, so that the template still begins a line.
+BOS_IN_FRONT = "{{ bos_token }}{# as in training #}\n"
+
+
+def _read_chat_template(folder: Path, config: dict) -> str | None:
+    """The template of a folder whose tokenizer_config.json holds config; None without one."""
+    file, template = folder / "chat_template.jinja", config.get("chat_template")
+    if file.is_file():
+        return file.read_text("utf-8")
+    if isinstance(template, list):  # several templates, each with a name
+        return {t["name"]: t["template"] for t in template}.get("default")
+    return template
 
 
 @functools.lru_cache(maxsize=8)  # compiling takes a hundred times as long as rendering

@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 import data
 from checkpoint import barrier, full_tensor, load_state, rank, save_state
-from data import Batch, Pair
+from data import Batch, Pair, PairSet
 from model import ModelConfig, Segments, Transformer, to_device
 from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
 
@@ -513,23 +513,10 @@ def keep_freed_memory():
 # Loading.
 
 
-@dataclass
-class PairSet:
-    """Pairs, and what the plan says of them."""
-
-    pairs: list[Pair]
-    about: str = ""
-
-
 def load_inputs(config: TrainConfig):
     """(model, tokenizer, pairs to train on, pairs to evaluate on)."""
     model = load_model(config)
-    tokenizer = data.load_tokenizer(config.model)
-    if config.chat_template:
-        try:
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{config.chat_template}: {error}") from None
+    tokenizer = data.load_tokenizer(config.model, config.chat_template)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
@@ -562,22 +549,10 @@ def load_model(config: TrainConfig) -> Transformer:
 
 
 def encode(rows: list, tokenizer, config: TrainConfig) -> PairSet:
-    if not rows:
-        return PairSet([])
-    file, quiet = rows[0].where.rpartition(":")[0], True if rank() else None
-    # disable=None: no progress bar where there is no terminal
+    quiet = True if rank() else None  # None: no progress bar where there is no terminal
     progress = functools.partial(tqdm, desc="tokenizing", unit="row", disable=quiet, leave=False)
     limits = config.max_length, config.max_prompt_length
-    try:
-        pairs, dropped = data.encode_rows(tokenizer, rows, *limits, progress)
-    except ValueError as error:
-        raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
-    mean = [sum(pair.lengths[i] for pair in pairs) / len(pairs) for i in range(3)]
-    forms = " and ".join(dict.fromkeys(row.form for row in rows))
-    about = f"{file}: {forms}\n         {len(pairs)} pairs of {len(rows)}; "
-    about += f"dropped: {data.describe(dropped)}\n"
-    about += "         mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*mean)
-    return PairSet(pairs, about)
+    return data.make_pairs(rows, tokenizer, *limits, progress)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -923,10 +898,9 @@ def save_model(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCo
     for name in TOKENIZER_FILES:
         if (Path(config.model) / name).is_file():
             shutil.copyfile(Path(config.model) / name, folder / name)
-    # Trained on messages by a template that did not come along: whoever chats needs it too.
-    came_along = tokenizer.has_chat_template and not config.chat_template
-    if pairs[0].chat and not came_along:
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    # Trained on messages: whoever chats needs the template, and BOS in front of it.
+    if any(pair.chat for pair in pairs):
+        tokenizer.save_chat_template(folder)
     if not (folder / "generation_config.json").exists():  # where to stop
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")

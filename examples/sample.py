@@ -40,7 +40,7 @@ def prompt_ids(tokenizer, messages: list[dict], plain: bool) -> list[int]:
         text = "\n".join(m["content"] for m in messages)
     else:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return data.encode_prompt(tokenizer, text)
+    return data.encode_prompt(tokenizer, text, chat=not plain)
 
 
 def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:

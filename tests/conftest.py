@@ -42,22 +42,22 @@ CORPUS = [
 ]
 
 
+def train_sentencepiece(**options) -> bytes:
+    """Of CORPUS; without options as `sentencepiece_model` describes it."""
+    model = io.BytesIO()
+    sizes = {"vocab_size": 400, "hard_vocab_limit": False}
+    kind = {"model_type": "bpe", "byte_fallback": True, "num_threads": 1, "minloglevel": 2}
+    normalizer = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, **sizes | kind | normalizer | options
+    )
+    return model.getvalue()
+
+
 @pytest.fixture(scope="session")
 def sentencepiece_model() -> bytes:
     """A byte-fallback BPE like Llama's: 0 <unk>, 1 <s>, 2 </s>, then bytes, then 141 pieces."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_sentencepiece()
 
 
 @pytest.fixture(scope="session")

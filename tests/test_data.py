@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import train
 from data import (
     Pair,
     Preference,
@@ -146,8 +147,11 @@ BAD_ROWS = {  # what: (the row, words of the complaint)
     "null": ("null", "a JSON object is expected, not NoneType"),
     "no chosen": (row(chosen=...), "key 'chosen' is missing; the row has ['prompt', 'rejected']"),
     "no rejected": (row(rejected=...), "key 'rejected' is missing"),
-    "other names": ({"question": "q", "answer": "a"}, "the row has ['answer', 'question']"),
-    "a thousand keys": (dict.fromkeys(map(str, range(1000)), 0), "key 'chosen' is missing"),
+    "other names": (
+        {"question": "q", "answer": "a"},
+        "neither chosen nor rejected is among the row's keys: ['answer', 'question']",
+    ),
+    "a thousand keys": (dict.fromkeys(map(str, range(1000)), 0), "neither chosen nor rejected"),
     "chosen a number": (row(chosen=3), "chosen must be text or a list of messages, not 3"),
     "rejected null": (row(rejected=None), "rejected must be text or a list of messages, not None"),
     "prompt a number": (row(prompt=3), f"prompt {NEIGHBOURS}"),
@@ -167,6 +171,7 @@ BAD_ROWS = {  # what: (the row, words of the complaint)
     "the dialogue is another": (row([Q], [user("x"), YES], [NO]), not_an_answer("chosen", "ua", 1)),
     "nothing in common": (row(..., [Q, YES], [user("x"), NO]), not_an_answer("chosen", "ua", 0)),
     "answers alone": (row(..., [YES], [NO]), not_an_answer("chosen", "a", 0)),
+    "answers behind a string": (row("q", [YES], [NO]), "prompt is text, but chosen and rejected"),
     "unlike lengths": (row(..., [Q, YES], [Q, YES, Q, NO]), not_an_answer("rejected", "uaua", 1)),
     "accept is text": (row(accept="a"), "accept must be a list of strings"),
     "accept holds a number": (row(accept=["a", 1]), "accept must be a list of strings"),
@@ -202,6 +207,14 @@ def test_a_file_that_holds_no_rows_is_told_what_is_read(content, words, tmp_path
     assert str(error.value) == f"{tmp_path / 'rows.jsonl'}: {words}; {HINT}"
 
 
+@pytest.mark.parametrize("line, content", [(1, "[{}]"), (1, "\ufeff["), (3, "\n  \n  [\n {")])
+def test_a_json_array_is_told_apart_wherever_it_begins(line, content, tmp_path):
+    (tmp_path / "rows.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        load_preferences(tmp_path / "rows.json")
+    assert str(error.value) == f"{tmp_path / 'rows.json'}:{line}: a JSON array begins here; {HINT}"
+
+
 @pytest.mark.parametrize(
     "name, words", [("absent.jsonl", "no such file"), ("", "is a folder, not a file")]
 )
@@ -221,6 +234,66 @@ def test_what_windows_writes_is_read(change, tmp_path):
     wanted = load_preferences(file)
     file.write_bytes(change(file.read_bytes()))
     assert load_preferences(file) == wanted
+
+
+@pytest.mark.parametrize(
+    "more, ignored",
+    [
+        ({"system": "s", "input": "i", "score": 0}, ("system", "input", "score")),
+        ({"system": "", "input": None, "tags": [], "accept": ["a"]}, ()),  # nothing is lost
+        ({"question": "q", "output": "a"}, ()),  # says again what is used
+        ({"question": "another"}, ("question",)),
+    ],
+)
+@pytest.mark.parametrize("form", ["strings", "messages", "dialogues"])
+def test_columns_whose_content_is_lost_are_known(form, more, ignored, tmp_path):
+    """UltraFeedback's rows repeat their prompt as text and the chosen dialogue as `messages`."""
+    q, a, b = user("q"), assistant("a"), assistant("b")
+    forms = {
+        "strings": row(),
+        "messages": row([q], [a], [b]),
+        "dialogues": row("q", [q, a], [q, b], messages=[q, a]),
+    }
+    (got,) = load_preferences(write_rows(tmp_path / "rows.jsonl", forms[form] | more))
+    assert got.ignored == ignored
+
+
+def about(rows, tmp_path, tokenizer=None, max_length=99):
+    loaded = load_preferences(write_rows(tmp_path / "rows.jsonl", *rows))
+    return data.make_pairs(loaded, tokenizer or Letters(), max_length, 98).about
+
+
+def test_ignored_columns_are_counted_in_one_line(tmp_path):
+    rows = [row(score=1), row(score=2, system="s"), row(system="", input="i")]
+    lines = about(rows, tmp_path).splitlines()
+    (line,) = (line for line in lines if line.strip().startswith("ignored"))
+    assert line.strip() == "ignored columns: score (2 rows), system (1 rows), input (1 rows)"
+    (line,) = (line for line in lines if "prepare.py" in line)
+    assert "system and input not used" in line
+    assert "prepare.py" not in about([row(score=1)], tmp_path)
+
+
+def test_prompts_that_are_all_empty_are_warned_of(tmp_path):
+    empty = row(prompt="")
+    assert "all prompts are empty" in about([empty, row(prompt=...)], tmp_path)
+    assert "all prompts are empty" not in about([empty, row()], tmp_path)
+
+
+def test_prompts_that_run_into_their_answer_are_counted_and_one_is_shown(tmp_path):
+    """Not: a space on either side, a line's end, a template's mark, scripts without spaces."""
+    apart = (
+        ("q: ", "a"),
+        ("q:", " a"),
+        ("q\n", "a"),
+        ("<|assistant|>", "a"),
+        ("何", "水"),
+        ("", "a"),
+    )
+    rows = [row(prompt, chosen) for prompt, chosen in apart]
+    assert "without a space" not in about(rows, tmp_path)
+    text = about([*rows, row("What is 2+2?", "Four."), row("q", "a")], tmp_path)
+    assert "2 of 8 prompts run into their answer without a space" in text
+    assert f"{tmp_path / 'rows.jsonl'}:7: 'What is 2+2?Four.'" in text
 
 
 # -----------------------------------------------------------------------------
@@ -279,6 +352,14 @@ def test_each_response_is_cut_by_its_own_length(
 def test_identical_and_empty_responses_are_dropped(chosen, rejected, max_length, reason):
     pair = encode_pair(Letters(), row_of("q", chosen, rejected), max_length, 99)
     assert isinstance(pair, Pair) if reason is None else reason in pair
+
+
+def test_responses_that_lose_their_eos_are_counted(tmp_path):
+    """BOS q leave 4 tokens of 6: abc and EOS fit, abcd and EOS do not."""
+    texts = ("abc", "abcd"), ("abcd", "x"), ("abcde", "abcdx"), ("abcd", "abcx")
+    text = about([row("q", *pair) for pair in texts], tmp_path, max_length=6)
+    assert "3 pairs of 4; dropped: 1 identical once cut" in text
+    assert "cut to 6 tokens, so without EOS: 2 chosen, 2 rejected" in text
 
 
 DROPPED = [("q", "a", "a"), ("q", "", "b"), ("q", "c", "c"), ("q" * 9, "a", "b")]
@@ -350,7 +431,7 @@ def test_messages_end_at_eos_once(tokenizer):
     """The template's newline behind EOS is never generated, so it is not trained on."""
     pair = encode_pair(tokenizer, row_of([Q], [YES], [NO]), 99, 99)
     assert tokens(pair) == [
-        [1, *tokenizer.encode("<|user|>\nq</s>\n<|assistant|>\n")],
+        tokenizer.encode("<s><|user|>\nq</s>\n<|assistant|>\n"),  # as whoever serves it
         [*tokenizer.encode("yes", continuation=True), 2],
         [*tokenizer.encode("no", continuation=True), 2],
     ]
@@ -531,8 +612,29 @@ def test_data_py_shows_three_pairs_and_the_counts(tiny_tokenizer, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for name in Pair._fields[:3]:
         assert done.stdout.count(f"\n{name}: ") + done.stdout.startswith(f"{name}: ") == 3
-    assert "5 pairs of 6 rows" in done.stdout and "1 identical" in done.stdout
+    assert "5 pairs of 6; dropped: 1 identical" in done.stdout
     assert "\x1b" not in done.stdout  # no colours into a file
+
+
+LONG = " ".join(["likes"] * 400)  # more than tiny_llama's context, which is 256
+
+
+def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, capsys):
+    """With the model's context, a template of one's own, and all that the plan says of the data."""
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    rows = [row([Q], [assistant(answer)], [NO], system="s") for answer in (LONG, "yes", "no")]
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    flags = ["--model", str(tiny_llama), "--chat-template", str(tmp_path / "own.jinja")]
+    config = train.parse([*flags, "--data", str(file), "--out", "unused", "--device", "cpu"])
+    train.pick_device(config)
+    _, tokenizer, trained_on, _ = train.load_inputs(config)
+    data.main([str(file), *flags])
+    shown = capsys.readouterr().out
+    assert len(trained_on.pairs) == 2 and sum(trained_on.pairs[0].lengths[:2]) == 256
+    for pair in trained_on.pairs:
+        assert data.show(pair, tokenizer, colour=False) in shown
+    assert shown.endswith("\n".join(x.strip() for x in trained_on.about.splitlines()) + "\n")
+    assert "cut to 256 tokens, so without EOS: 1 chosen, 0 rejected" in shown
 
 
 @pytest.mark.parametrize(
@@ -544,6 +646,7 @@ def test_data_py_shows_three_pairs_and_the_counts(tiny_tokenizer, tmp_path):
         (None, [], ["rows.jsonl"]),
         (b"{}", ["--model=/nowhere"], ["/nowhere", "tokenizer.model"]),
         (b"{}", ["--nonsense"], ["--nonsense"]),
+        (b"{}", ["--chat-template=/no.jinja"], ["/no.jinja"]),
         (b"{}", ["--max-length=long"], ["--max-length", "long"]),
     ],
 )

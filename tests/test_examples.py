@@ -1,6 +1,8 @@
 """prepare.py, sample.py, plot.py and compare.py."""
 
+import contextlib
 import gzip
+import io
 import json
 import math
 import re
@@ -15,6 +17,7 @@ import torch
 import data
 import orpo
 import train
+from examples import prepare
 
 ROOT = Path(data.__file__).resolve().parent
 BASE = ROOT / "examples" / "facts" / "base"
@@ -26,6 +29,18 @@ def run(script: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(words, capture_output=True, text=True, input="\n")
     assert done.returncode == code, done.stderr
     return done
+
+
+def prepared(*arguments, code: int = 0) -> str:
+    """What prepare.py prints, or complains of."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as error,
+        pytest.raises(SystemExit) if code else contextlib.nullcontext() as stopped,
+    ):
+        prepare.main(list(map(str, arguments)))
+    assert code == (stopped.value.code if code else 0)
+    return error.getvalue() if code else out.getvalue()
 
 
 HH = {
@@ -48,38 +63,209 @@ def test_prepare_turns_hh_rlhf_into_dialogues_and_counts_what_it_drops(tmp_path,
     file, out = tmp_path / f"rows.{kind}", tmp_path / "out.jsonl"
     file.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
     printed = run("prepare.py", file, "--out", out).stdout
-    assert "2 rows" in printed
-    for reason in ("turns", "part before", "end with a question", "without chosen"):
-        assert f"1 {reason}" in printed or reason in printed
+    assert "2 pairs of 6 rows" in printed
+    for line, reason in (
+        (2, "dialogues end with a question"),
+        (3, "turns are not Human, Assistant, ..."),
+        (4, "dialogues part before the last answer"),
+        (5, "neither chosen nor rejected is among the row's keys: ['prompt', 'score']"),
+    ):
+        assert f"1 {reason} (first: {file}:{line})\n" in printed
+    assert "ignored columns: score_chosen (1 rows)" in printed
     dialogue, strings = data.load_preferences(out)
     assert [m["content"] for m in dialogue.prompt] == ["Hi", "Hello.", "Bye"]
     assert dialogue.chosen == [{"role": "assistant", "content": "See you."}]
     assert (strings.prompt, strings.chosen, strings.rejected) == ("p", "c", "r")
 
 
+def messages(*turns: str) -> list[dict]:
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
+
+
+def said(*turns: str) -> list[dict]:
+    """The same in ShareGPT's form."""
+    roles = {"system": "system", "user": "human", "assistant": "gpt"}
+    return [{"from": roles[m["role"]], "value": m["content"]} for m in messages(*turns)]
+
+
+def parts(text: str) -> list[dict]:
+    return [{"type": "text", "text": text}]
+
+
+QA = {"prompt": messages("u:2+2?"), "chosen": messages("a:4"), "rejected": messages("a:5")}
+SYSTEM = QA | {"prompt": messages("s:Be brief.", "u:2+2?")}
+FOUR = {"chosen": "4", "rejected": "5"}
+DIALOGUES = {"chosen": messages("u:2+2?", "a:4"), "rejected": messages("u:2+2?", "a:5")}
+FORMS = {  # what: (the row, the row as written)
+    "Intel's orca pairs": ({"system": "Be brief.", "question": "2+2?"} | FOUR, SYSTEM),
+    "without a system text": ({"system": "", "question": "2+2?"} | FOUR, QA),
+    "argilla's orca pairs": (
+        {"system": "Be brief.", "input": "2+2?", "rating": [9]} | FOUR,
+        SYSTEM,
+    ),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "2, 2"} | FOUR,
+        QA | {"prompt": messages("u:Add.\n\n2, 2")},
+    ),
+    "Alpaca without input": ({"instruction": "2+2?", "input": ""} | FOUR, QA),
+    "a prompt with a system text": ({"system": "Be brief.", "prompt": "2+2?"} | FOUR, SYSTEM),
+    "dialogues with a system text": ({"system": "Be brief."} | DIALOGUES, SYSTEM),
+    "dialogues": (DIALOGUES | {"prompt": "2+2?", "messages": DIALOGUES["chosen"]}, QA),
+    "a string before messages": (QA | {"prompt": "2+2?"}, QA),
+    "messages before strings": (QA | FOUR, QA),
+    "ShareGPT": (
+        {
+            "conversations": said("s:Be brief.", "u:2+2?"),
+            "chosen": said("a:4")[0],
+            "rejected": said("a:5")[0],
+        },
+        SYSTEM,
+    ),
+    "ShareGPT's dialogues": (
+        {"chosen": said("u:2+2?", "a:4"), "rejected": said("u:2+2?", "a:5")}, QA,
+    ),
+    "parts": (QA | {"chosen": [{"role": "assistant", "content": parts("4")}]}, QA),
+    "null system": (QA | {"prompt": [{"role": "system", "content": None}, *QA["prompt"]]}, QA),
+    "strings": ({"prompt": "2+2=", "accept": ["4"]} | FOUR,) * 2,
+    "a common beginning": (
+        {"chosen": "2+2 = 4", "rejected": "2+2 = 5"},
+        {"prompt": "2+2 =", "chosen": " 4", "rejected": " 5"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FORMS)
+def test_prepare_reads_a_row_in_every_published_form(what):
+    row, wanted = FORMS[what]
+    got = prepare.convert(row, "FILE:1")
+    made = {key: getattr(got, key) for key in ("prompt", "chosen", "rejected", "accept")}
+    assert {key: value for key, value in made.items() if value is not None} == wanted
+    assert got.ignored == (("rating",) if "rating" in row else ())
+
+
+def test_prepare_says_which_columns_became_what(tmp_path):
+    rows = [FORMS[what][0] for what in ("Intel's orca pairs", "without a system text", "Alpaca")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert "1 from question as the user's message, system as a message\n" in printed
+    assert "1 from question as the user's message\n" in printed
+    assert "1 from instruction and input as the user's message\n" in printed
+
+
+def test_prepare_counts_rows_that_it_cannot_use_with_the_first_ones_line(tmp_path):
+    image = [{"type": "image", "url": "x"}]
+    bad = [
+        (b"{", "2 not JSON", 1),
+        (b'{"prompt": "\xff"}', "1 not UTF-8", 2),
+        (b'{"prompt": ', "", 3),
+        (b"3", "1 a JSON object is expected, not int", 4),
+        (QA | {"chosen": None}, "1 key 'chosen' is missing; the row has", 5),
+        (QA | {"chosen": [{"role": "assistant", "content": None}]}, "1 a message's content is", 6),
+        (QA | {"prompt": [{"role": "user", "content": image}]}, "1 a message's content has", 7),
+    ]
+    lines = [x if isinstance(x, bytes) else json.dumps(x).encode() for x, *_ in bad]
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    file.write_bytes(b"\n".join([*lines, json.dumps(QA).encode(), b""]))
+    printed = prepared(file, "--out", out)
+    assert "1 pairs of 8 rows" in printed and len(data.load_preferences(out)) == 1
+    for _, reason, line in bad:
+        assert not reason or any(
+            reason in x and x.endswith(f"(first: {file}:{line})") for x in printed.splitlines()
+        )
+    out.unlink()
+    file.write_bytes(b"\n".join(lines))
+    error = prepared(file, "--out", out, code=2)
+    assert "no pairs left of 7 rows" in error and f"2 not JSON (first: {file}:1)" in error
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.jsonl", b"{"), ("a.json", b"[1,"), ("a.jsonl.gz", b"x")]
+    "content",
+    [
+        b"\xef\xbb\xbf" + json.dumps(QA).encode(),
+        f"\n \n[{json.dumps(QA)}]".encode(),
+        rb'[{"prompt": "\ud800", "chosen": "a", "rejected": "b"},' + json.dumps(QA).encode() + b"]",
+    ],
+    ids=["BOM", "blank lines", "half a surrogate pair"],
+)
+def test_prepare_reads_behind_a_bom_and_an_array_behind_blank_lines(tmp_path, content):
+    (tmp_path / "rows.json").write_bytes(content)
+    prepared(tmp_path / "rows.json", "--out", tmp_path / "out")
+    assert data.load_preferences(tmp_path / "out")[0].prompt == QA["prompt"]
+
+
+HUB = ("README.md", "dataset_infos.json", ".cache/x/train.jsonl", "data/test-00000-of-00001.jsonl")
+
+
+@pytest.mark.parametrize(
+    "files, flags, taken",
+    [
+        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], [], [0, 1]),
+        (["train.jsonl", "test.jsonl"], [], [0]),
+        (["helpful/train.jsonl", "harmless/train.jsonl"], [], [1, 0]),
+        (["train_prefs-00000-of-00001.jsonl"], [], [0]),
+        (["default/train/0000.jsonl", "default/test/0000.jsonl"], [], [0]),
+        (["train_prefs-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"], [], None),
+        (["train_prefs-00000-of-00001.jsonl", "train_sft.jsonl"], ["--split", "train_sft"], [1]),
+        (["train.jsonl"], ["--split", "dev"], None),
+    ],
+)
+def test_prepare_takes_the_training_split_of_a_folder(files, flags, taken, tmp_path):
+    folder, out = tmp_path / "hub", tmp_path / "out.jsonl"
+    for name in (*HUB, *files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"prompt": name, **FOUR}) + "\n")
+    done = prepared(folder, "--out", out, *flags, code=2 if taken is None else 0)
+    if taken is None:
+        assert "its splits are" in done and "--split" in done
+        return
+    assert [row.prompt for row in data.load_preferences(out)] == [files[i] for i in taken]
+    assert done.startswith(f"taken: {folder / files[taken[0]]}")
+
+
+def test_prepare_takes_the_only_file_of_a_folder(tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "orca_rlhf.jsonl").write_text(json.dumps(QA))
+    prepared(tmp_path / "hub", "--out", tmp_path / "out")
+    error = prepared(tmp_path, "--split", "train", "--out", tmp_path / "o", code=2)
+    assert "its splits are orca_rlhf" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b"{"), ("a.json", b"[1,"), ("a.jsonl.gz", b"x"), ("a.parquet", b"PAR1xPAR1")],
 )
 def test_prepare_names_a_broken_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    error = run("prepare.py", tmp_path / name, "--out", tmp_path / "out", code=2).stderr
+    error = prepared(tmp_path / name, "--out", tmp_path / "out", code=2)
     assert name in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is installed")
 def test_prepare_asks_for_pyarrow_where_parquet_needs_it(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    error = run("prepare.py", tmp_path / "a.parquet", "--out", tmp_path / "out", code=2).stderr
+    error = prepared(tmp_path / "a.parquet", "--out", tmp_path / "out", code=2)
     assert "a.parquet: parquet needs pyarrow" in error
 
 
 def test_prepare_keeps_the_file_it_was_to_write_when_all_fails(tmp_path):
     out = tmp_path / "pairs.jsonl"
     out.write_text(json.dumps(HH) + "\n")
-    run("prepare.py", tmp_path / "nowhere.jsonl", "--out", out, code=2)
+    prepared(tmp_path / "nowhere.jsonl", "--out", out, code=2)
     assert out.read_text() == json.dumps(HH) + "\n"
-    run("prepare.py", out, "--out", out)  # onto itself
+    prepared(out, "--out", out)  # onto itself
     assert len(data.load_preferences(out)[0].prompt) == 3
+
+
+def test_prepare_names_the_file_that_it_cannot_write_and_leaves_none(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(QA))
+    out = tmp_path / "nowhere" / "out.jsonl"
+    error = prepared(tmp_path / "rows.jsonl", "--out", out, code=2)
+    assert f"{out}: cannot be written" in error and ".tmp" not in error
+    (tmp_path / "folder").mkdir()
+    prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "folder", code=2)
+    assert {x.name for x in tmp_path.iterdir()} == {"rows.jsonl", "folder"}
 
 
 def test_sample_streams_one_answer(tmp_path):

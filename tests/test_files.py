@@ -11,7 +11,7 @@ OURS = {
     "orpo": set(),
     "tokenizer": set(),
     "checkpoint": set(),
-    "data": {"tokenizer"},
+    "data": {"tokenizer", "model"},  # model for the command alone, which asks for the context
     "model": {"checkpoint"},
     "train": {"data", "model", "orpo", "checkpoint"},
 }

@@ -5,6 +5,7 @@ sentencepiece's is the model that conftest.py trains (0 <unk>, 1 <s>, 2 </s>, 40
 """
 
 import json
+import random
 import struct
 import time
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from data import encode_prompt, load_tokenizer
+from tests.conftest import train_sentencepiece
 from tests.tokenizer_json import LEVEL, MARK, byte_level, llama2, metaspace
 from tokenizer import (
     CHARACTER_OF_BYTE,
@@ -77,6 +79,54 @@ def test_encoding_is_the_librarys(either_tokenizer):
         assert t.encode(text) == t.sp.encode(text)
     assert t.encode("") == t.encode("", continuation=True) == []
     assert t.decode([]) == ""
+
+
+WHOLE = {  # options of training -> words are not encoded alone, because it might change ids
+    "as Llama's": ({}, False),
+    "pieces over spaces": ({"split_by_whitespace": False}, True),
+    "spaces behind words": ({"treat_whitespace_as_suffix": True}, True),
+    "spaces collapse": ({"remove_extra_whitespaces": True}, True),
+    "unknown characters are joined": ({"byte_fallback": False}, True),
+    "probabilities": ({"model_type": "unigram"}, True),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_words_are_encoded_alone_only_where_the_library_s_ids_stay(what, tmp_path):
+    """Random texts of what may matter: spaces in runs and in other forms, newlines, ▁ itself."""
+    options, whole = WHOLE[what]
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(**options))
+    t, rng = load_tokenizer(tmp_path / "tokenizer.model"), random.Random(0)
+    parts = [
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\u00a0",
+        "▁",
+        "the",
+        " a",
+        "violin",
+        "é",
+        "e\u0301",
+        "日",
+        "\r\n",
+    ]
+    for _ in range(2000):
+        text = "".join(rng.choices(parts, k=rng.randrange(1, 9)))
+        assert t.encode(text, continuation=True) == t.sp_continuation.encode(text) or (
+            t.strips_spaces and text[0] == " "
+        )
+        assert t.encode(text) == t.sp.encode(text)
+    assert t.splits != whole and bool(t.word_ids) != whole
+
+
+def test_words_are_forgotten_before_they_fill_the_memory(tokenizer, monkeypatch):
+    before = [tokenizer.encode(text) for text, _ in TEXTS]
+    monkeypatch.setattr(type(tokenizer.word_ids), "most", 2)
+    tokenizer.word_ids.clear()
+    assert [tokenizer.encode(text) for text, _ in TEXTS] == before
+    assert 0 < len(tokenizer.word_ids) <= 2
 
 
 def test_a_continuation_has_no_dummy_space(either_tokenizer):
@@ -568,6 +618,52 @@ def test_a_hostile_or_broken_template_is_an_error_and_nothing_else(
         t.apply_chat_template(messages)
     assert messages == [{"role": "user", "content": "q"}] and not path.exists()
     assert "\n" not in str(error.value)
+
+
+def test_a_template_of_one_s_own_is_read_with_the_tokenizer(tiny_tokenizer, tmp_path):
+    (tmp_path / "own.jinja").write_text(MINE, encoding="utf-8")
+    t = load_tokenizer(tiny_tokenizer, tmp_path / "own.jinja")
+    assert t.apply_chat_template([{"role": "user", "content": "a"}]) == "mine a;"
+    (tmp_path / "own.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"own\.jinja: 'utf-8'"):
+        load_tokenizer(tiny_tokenizer, tmp_path / "own.jinja")
+
+
+BOS_ONCE = "{{ bos_token }}" + MINE
+
+
+@pytest.mark.parametrize(
+    "config, wanted",
+    [
+        ({}, "<s><|user|>\na</s>\n"),  # the authors'
+        ({"chat_template": MINE}, "<s>mine a;"),
+        ({"chat_template": BOS_ONCE}, "<s>mine a;"),
+        ({"chat_template": BY_NAME}, "<s>mine a;"),
+        ({"chat_template": "  {% if true %}\n  x{% endif %}\n"}, "<s>  x"),  # begins a line
+        ({"chat_template": MINE, "bos_token": None}, "mine a;"),
+        (
+            {"chat_template": "{{ raise_exception(0) if messages | length < 2 }}{{ bos_token }}"},
+            None,
+        ),
+    ],
+    ids=["authors", "own", "with BOS", "named", "line", "no BOS", "refuses one message"],
+)
+def test_the_template_that_is_saved_begins_with_bos(config, wanted, make_tokenizer, tmp_path):
+    """Files whose template does so already stay as they are."""
+    t, folder = make_tokenizer(**config), tmp_path / "made"
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    t.save_chat_template(folder)
+    saved = load_tokenizer(folder)
+    if wanted is not None:
+        assert saved.apply_chat_template([{"role": "user", "content": "a"}]) == wanted
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    same = wanted is None or wanted == "mine a;" or config.get("chat_template") == BOS_ONCE
+    assert (after == before) == same
+    saved.save_chat_template(folder)  # once more changes nothing
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == after
+    if not same and "chat_template" in config:  # for readers that know no chat_template.jinja
+        (folder / "chat_template.jinja").unlink()
+        assert load_tokenizer(folder).chat_template == saved.chat_template
 
 
 # -----------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_messages_take_their_chat_template_along(chat, tmp_path):
     run(chat)
     trained = data.load_tokenizer(tmp_path / "out" / "model")
     text = trained.apply_chat_template(CHAT["prompt"], add_generation_prompt=True)
-    assert text == "<|user|>\nWhat is the capital of Peru?</s>\n<|assistant|>\n"
+    assert text == "<s><|user|>\nWhat is the capital of Peru?</s>\n<|assistant|>\n"
     assert (tmp_path / "out" / "model" / "chat_template.jinja").is_file()
 
 
@@ -203,7 +203,8 @@ def test_the_template_of_a_flag_is_used_and_taken_along(chat, tmp_path, capsys):
     template = tmp_path / "mine.jinja"
     template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
     run(chat, "--chat-template", str(template))
-    assert data.load_tokenizer(tmp_path / "out" / "model").chat_template == template.read_text()
+    trained = data.load_tokenizer(tmp_path / "out" / "model")
+    assert trained.apply_chat_template(CHAT["prompt"]) == "<s>[What is the capital of Peru?]"
     shown = capsys.readouterr().out.replace("·", "")
     assert "[What is the capital of Peru?]" in shown and "[Lima.]</s>" in shown
 

@@ -22,7 +22,19 @@ def test_parquet_in_ultrafeedback_s_form(tmp_path):
     out = tmp_path / "pairs.jsonl"
     words = [sys.executable, str(PREPARE), str(tmp_path / "train.parquet"), "--out", str(out)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "3 rows, dialogues with a common beginning" in done.stdout
+    assert "3 pairs of 3 rows" in done.stdout
+    assert "3 from dialogues with a common beginning" in done.stdout
+    assert "ignored columns: score_chosen (3 rows)" in done.stdout
     row = data.load_preferences(out)[0]
     assert (row.prompt, row.chosen, row.rejected) == ([dialogue[0]], [dialogue[1]], [worse[1]])
     assert set(json.loads(out.read_text().splitlines()[0])) == {"prompt", "chosen", "rejected"}
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1" + bytes(99) + b"PAR1")
+    words = [sys.executable, str(PREPARE), str(tmp_path / "train.parquet"), "--out"]
+    done = subprocess.run([*words, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"prepare.py: {tmp_path / 'train.parquet'}: broken: ")
+    assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]

@@ -15,6 +15,8 @@ import pytest
 import sentencepiece
 
 import data
+import train
+from tests.tokenizer_json import LEVEL, byte_level
 
 from . import tiny
 
@@ -365,3 +367,67 @@ def test_a_template_may_refuse_and_may_not_reach_out(tmp_path, template):
         theirs(template).apply_chat_template(TWO_QUESTIONS, tokenize=False)
     with pytest.raises((jinja2.TemplateError, ValueError)):
         data.load_tokenizer(path).apply_chat_template(TWO_QUESTIONS)
+
+
+QUESTION = [{"role": "user", "content": "What does Anna like?"}]
+ROW = {
+    "prompt": QUESTION,
+    "chosen": [{"role": "assistant", "content": "Bread."}],
+    "rejected": [{"role": "assistant", "content": "No."}],
+}
+
+
+def bytes_with_bos(folder):
+    """Byte-level, in tokenizer.json, with <s> and </s>."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"content": text, "special": True} | flags for text in ("<s>", "</s>")]
+    level = LEVEL | {"trim_offsets": True}
+    spec = byte_level(["W h", "Wh a", "a t", "Ġ l"], added, pre_tokenizer=level, decoder=level)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+KINDS_WITH_BOS = {
+    "llama": lambda folder: tiny.train_sentencepiece(folder),
+    "legacy llama": lambda folder: tiny.train_sentencepiece(folder),
+    "bytes": bytes_with_bos,
+}
+
+
+@pytest.mark.parametrize("template", [None, "zephyr", "llama2", "chatml"])
+@pytest.mark.parametrize("kind", KINDS_WITH_BOS)
+def test_served_prompts_are_the_trained_ones_with_bos_once(tmp_path, kind, template):
+    """What a run on messages leaves in OUT/model, read by transformers: its chat template gives
+    the ids that the model was trained on. Of these templates Llama 2's alone writes BOS itself."""
+    transformers = pytest.importorskip("transformers")
+    base, out = tmp_path / "base", tmp_path / "out"
+    KINDS_WITH_BOS[kind](base)
+    more = {"chat_template": TEMPLATES[template]} if template else {}
+    if kind != "bytes":
+        more |= {"tokenizer_class": "LlamaTokenizer", "legacy": kind == "legacy llama"}
+    config = json.loads((base / "tokenizer_config.json").read_text()) | more
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    tiny.random_llama(base)
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [ROW])
+    flags = ["--model", base, "--data", rows, "--out", out, "--max-steps", "1", "--device", "cpu"]
+    config = train.parse(list(map(str, flags)))
+    train.main(list(map(str, flags)))
+    train.pick_device(config)
+    (pair,) = train.load_inputs(config)[2].pairs
+
+    reference = transformers.AutoTokenizer.from_pretrained(out / "model")
+    served = reference.apply_chat_template(
+        QUESTION, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert list(served) == pair.prompt.tolist()
+    assert served.count(reference.bos_token_id) == 1 == (served[0] == reference.bos_token_id)
+    ours = data.load_tokenizer(out / "model")
+    text = ours.apply_chat_template(QUESTION, add_generation_prompt=True)
+    assert data.encode_prompt(ours, text, chat=True) == list(served)
+    untouched = (base / "tokenizer_config.json", out / "model" / "tokenizer_config.json")
+    if template in (None, "llama2"):
+        assert untouched[0].read_bytes() == untouched[1].read_bytes()
+    else:  # for readers that do not look for chat_template.jinja
+        assert json.loads(untouched[1].read_text())["chat_template"] == ours.chat_template
