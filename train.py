@@ -737,6 +737,11 @@ def block_memory(model: Transformer, pairs: list[Pair]) -> tuple[int, int]:
     # Attention keeps queries, keys, values and its output.
     per_token = norms * c.dim + 2 * c.n_heads * c.head_dim + wide * c.hidden_dim
     kept = n * per_token + 2 * n_keys * c.n_kv_heads * c.head_dim
+    # The copies in compute_dtype to which weights are cast. What is frozen is stored in that dtype,
+    # and FSDP2 casts as it gathers, and lets go of what it gathered behind the block.
+    if not isinstance(model, fsdp.FSDPModule):
+        weights = [p for p in model.layers[0].parameters() if p.dtype.itemsize != itemsize]
+        kept += sum(p.numel() for p in weights if p.dim() == 2)
     return itemsize * kept, itemsize * n * c.dim
 
 
