@@ -88,7 +88,7 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(arguments, evaluated, 
     for target, n in (
         ("train.write_row", 3),  # step 2's
         ("torch.distributed.checkpoint.FileSystemWriter.finish", 2),  # only the index is missing
-        ("train.shutil.rmtree", 5),  # step 3's, behind that of step 9
+        ("train.shutil.rmtree", 6),  # step 3's, behind that of step 9
     ):
         killed = interrupted(target, n, signal.SIGKILL, [*arguments, "--resume"])
         assert killed.returncode == -signal.SIGKILL, killed.stderr
