@@ -667,13 +667,16 @@ def describe_weights(folder: Path, shapes: dict[str, torch.Size], base: Path | s
 
 
 def export(step: Path, out: Path, base: Path | None = None):
-    """Writes the model of a checkpoint to the folder `out`, as train.py writes OUT/model.
+    """Turns a checkpoint of train.py into a model folder, as OUT/model is.
 
     One process and no GPU do, however many trained; Adam's moments are not loaded. base: the model
     of a LoRA run, where it has moved. Raises ValueError, OSError.
     """
     if not (step / "weights.json").is_file() or not (step / "model").is_dir():
-        raise ValueError(f"{step}: not a checkpoint; name a folder such as OUT/checkpoints/step-5")
+        example = "name a folder such as OUT/checkpoints/step-00000500"
+        raise ValueError(
+            f"{step}: not a checkpoint, as it has no weights.json and model; {example}"
+        )
     if out.exists():
         raise ValueError(f"--out {out}: exists; name a new folder")
     about, config = (read_json(step / name) for name in ("weights.json", "model/config.json"))
@@ -682,7 +685,7 @@ def export(step: Path, out: Path, base: Path | None = None):
     frozen = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
     is_lora = len(frozen) < len(shapes)
     if base is not None and not is_lora:
-        raise ValueError(f"--model {base}: not needed, as {step} holds all weights")
+        raise ValueError(f"--model {base}: is for LoRA runs only, and {step} holds all weights")
     # The tensors are the wanted ones alone, and cast as they are read.
     if is_lora:
         state = {name: torch.empty(shapes[name]) for name in shapes.keys() - frozen.keys()}

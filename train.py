@@ -2,6 +2,7 @@
 
     python train.py                                        the built-in job (a minute on a laptop)
     python train.py --model DIR --data FILE --eval-data FILE --out OUT
+    python train.py ... --dry-run                          the plan, memory, disk and time only
     python train.py ... --resume                           goes on after an interruption
     torchrun --nproc-per-node N train.py ...               the same steps over N processes
     python train.py --model DIR --eval-data FILE --eval-only
@@ -106,7 +107,7 @@ class TrainConfig:
     )
     lora_rank: int = flag("memory", 0, "train adapters on a frozen model; 0: train it all", least=0)
     lora_alpha: float = flag("memory", 16.0, "adapters count alpha / rank", least=1e-3)
-    lora_adapters: bool = flag(IO, False, "write OUT/adapters too, in peft's form")
+    lora_adapters: bool = flag("memory", False, "also write OUT/adapters, which peft loads")
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
     seed: int = flag("run", 42, "of order and sampling", least=0, below=2**63)
@@ -119,7 +120,7 @@ class TrainConfig:
     keep: int = flag("run", 2, "newest checkpoints that stay", least=1)
     resume: bool = flag("run", False, "from the newest checkpoint in --out")
     eval_only: bool = flag("run", False, "evaluate --model on --eval-data")
-    dry_run: bool = flag("run", False, "only print the plan, and try the largest micro-batch")
+    dry_run: bool = flag("run", False, "print the plan, try the largest micro-batch, and stop")
 
     def check(self, source: str = ""):
         """Raises ValueError with the first flag whose value is of the wrong type or range."""
@@ -142,9 +143,11 @@ class TrainConfig:
                 f"{source}--shard and --lora-rank do not go together: a frozen model is not sharded"
             )
         if self.lora_adapters and not self.lora_rank:
-            raise ValueError(f"{source}--lora-adapters needs --lora-rank: there are no others")
+            raise ValueError(
+                f"{source}--lora-adapters needs --lora-rank: without it there are none"
+            )
         if self.dry_run and self.eval_only:
-            raise ValueError(f"{source}--dry-run is of training, --eval-only does not train")
+            raise ValueError(f"{source}--dry-run plans a training run, and --eval-only is none")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -847,7 +850,7 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
         return
     if start == 0 and is_builtin(config) and not config.resume:
         shutil.rmtree(out, ignore_errors=True)
-    for name in ("model", "best"):
+    for name in ("model", "best", "adapters"):
         checkpoint.tidy(out / name)
     if start == 0 and (out / "best").exists():
         shutil.rmtree(out / "best")

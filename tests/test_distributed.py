@@ -2,17 +2,19 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import data
 import train
 from model import ModelConfig, Transformer
 from tests.runs import (
+    ROOT,
     UNEVEN,
     compare,
     compare_models,
@@ -158,11 +160,14 @@ def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
 ):
     """All three are of step 8. The checkpoint of two processes is read by one."""
     out = two_processes[0] / "-".join(("full", *more))
-    checkpoint.main([str(out / "checkpoints" / "step-00000008"), "--out", str(tmp_path / "made")])
+    step, made = out / "checkpoints" / "step-00000008", tmp_path / "made"
+    command = [sys.executable, "checkpoint.py", str(step), "--out", str(made)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ran.stdout, ran.stderr) == (f"wrote {made}, a Hugging Face folder\n", "")
     assert len([*out.glob("checkpoints/*/*.distcp")]) == 2
     model, best = file_bytes(out / "model"), file_bytes(out / "best")
     assert json.loads(best.pop("evaluation.json"))["step"] == 8
-    assert file_bytes(tmp_path / "made") == model == best
+    assert file_bytes(made) == model == best
 
 
 def test_process_0_alone_speaks_and_tells_the_balance(two_processes):

@@ -300,6 +300,20 @@ def test_a_checkpoint_becomes_the_merged_model(folder, arguments, tmp_path, caps
     assert not (tmp_path / "other").exists()
 
 
+def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_tokenizer, tmp_path):
+    """Frozen weights in bfloat16, of a model that is stored in float32."""
+    base, dtype = tmp_path / "base", torch.bfloat16
+    family.save_pretrained(base)
+    config = train.TrainConfig(model=str(base), lora_rank=3, lora_alpha=8.0, dtype="bfloat16")
+    model = adapted(3, Transformer.from_pretrained(base, dtype=dtype))
+    rest = data.load_tokenizer(tiny_tokenizer), some_pairs(1, seed=1), config
+    train.save_model(model, *rest, tmp_path / "model")
+    train.save_checkpoint(tmp_path, 1, model, train.make_optimizer(model, config), *rest)
+    checkpoint.export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")
+    assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "model")
+    assert Transformer.from_pretrained(tmp_path / "made").config.dtype == "float32"
+
+
 def test_the_best_model_is_a_merged_one(arguments, tmp_path):
     run(arguments, "--eval-every", "12", *LORA)
     best = file_bytes(tmp_path / "out" / "best")

@@ -419,7 +419,7 @@ GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
         (["--lora-rank", "-1"], "--lora-rank must be at least 0, not -1"),
         (["--shard", "--lora-rank", "2"], "--shard and --lora-rank do not go together"),
         (["--lora-adapters"], "--lora-adapters needs --lora-rank"),
-        (["--dry-run", "--eval-only"], "--dry-run is of training, --eval-only does not train"),
+        (["--dry-run", "--eval-only"], "--dry-run plans a training run, and --eval-only is none"),
         (["--config", "nowhere.json"], "nowhere.json: no such file"),
     ],
     ids=" ".join,
