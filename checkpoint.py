@@ -672,11 +672,9 @@ def export(step: Path, out: Path, base: Path | None = None):
     One process and no GPU do, however many trained; Adam's moments are not loaded. base: the model
     of a LoRA run, where it has moved. Raises ValueError, OSError.
     """
-    if not (step / "weights.json").is_file() or not (step / "model").is_dir():
-        example = "name a folder such as OUT/checkpoints/step-00000500"
-        raise ValueError(
-            f"{step}: not a checkpoint, as it has no weights.json and model; {example}"
-        )
+    if not (step / "weights.json").is_file():
+        reason = "not a checkpoint, as it has no weights.json"
+        raise ValueError(f"{step}: {reason}; name a folder such as OUT/checkpoints/step-00000500")
     if out.exists():
         raise ValueError(f"--out {out}: exists; name a new folder")
     about, config = (read_json(step / name) for name in ("weights.json", "model/config.json"))
@@ -697,27 +695,25 @@ def export(step: Path, out: Path, base: Path | None = None):
     except (OSError, dcp.CheckpointException) as error:
         raise ValueError(f"{step}: cannot be read: {_reason(error)}") from None
     if is_lora:
-        base, settings = base or Path(about["base"]), read_json(step / "config.json")
+        base = base or Path(about["base"])
         if not base.is_dir():
             raise ValueError(f"{base}: the base model of {step} is not there; name it by --model")
-        state = _merge(base, model_type, frozen, state, settings)
-        if state is None:
-            raise ValueError(f"{base}: is not the model that {step} is of; name it by --model")
+        state = _merge(base, model_type, frozen, state, read_json(step / "config.json"))
     with replaced(out) as folder:
         shutil.copytree(step / "model", folder, dirs_exist_ok=True)
         write_weights(folder, model_type, state, dtype)
 
 
-def _merge(base: Path, model_type: str, shapes: dict, state: dict, settings: dict) -> dict | None:
-    """The parameters of base with the adapters of state; None where it is not their base."""
+def _merge(base: Path, model_type: str, shapes: dict, adapters: dict, settings: dict) -> dict:
+    """The parameters of base, whose shapes are given, with the adapters added."""
     scale, norms, merged = settings["lora_alpha"] / settings["lora_rank"], [], {}
     for name, weight in read_weights(base, model_type, shapes):
         norms.append(weight.to(getattr(torch, settings["dtype"])).double().norm())
-        lora_A, lora_B = (state.get(name.replace("weight", f"lora_{x}")) for x in "AB")
-        changed = weight if lora_A is None else merge_adapter(weight, lora_A, lora_B, scale)
+        pair = [adapters.get(name.removesuffix("weight") + leaf) for leaf in ("lora_A", "lora_B")]
+        changed = weight if pair[0] is None else merge_adapter(weight, *pair, scale)
         merged[name] = changed.to(weight.dtype, copy=True)
-    if not torch.isclose(torch.stack(norms).sum(), state["frozen"], rtol=1e-9):
-        return None
+    if not torch.isclose(torch.stack(norms).sum(), adapters["frozen"], rtol=1e-9):
+        raise ValueError(f"{base}: is not the model that was trained; name that by --model")
     return {name: merged[name] for name in shapes}  # in the order of the model, not of its files
 
 

@@ -143,9 +143,7 @@ class TrainConfig:
                 f"{source}--shard and --lora-rank do not go together: a frozen model is not sharded"
             )
         if self.lora_adapters and not self.lora_rank:
-            raise ValueError(
-                f"{source}--lora-adapters needs --lora-rank: without it there are none"
-            )
+            raise ValueError(f"{source}--lora-adapters needs --lora-rank, which makes adapters")
         if self.dry_run and self.eval_only:
             raise ValueError(f"{source}--dry-run plans a training run, and --eval-only is none")
 

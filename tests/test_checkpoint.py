@@ -761,9 +761,8 @@ def test_adams_moments_are_not_loaded_to_make_a_model_folder(tmp_path, monkeypat
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     step, out = step_folder(tmp_path, random_model(torch.float32)), tmp_path / "made"
     for wrong in (tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints"):
-        assert fails(capsys, wrong, "--out", out).startswith(
-            f"{wrong}: not a checkpoint, as it has no "
-        )
+        message = fails(capsys, wrong, "--out", out)
+        assert message.startswith(f"{wrong}: not a checkpoint, as it has no weights.json; name a ")
     assert "are required: --out" in fails(capsys, step)
     assert "all weights" in fails(capsys, step, "--out", out, "--model", tmp_path)
     assert fails(capsys, step, "--out", tmp_path) == f"--out {tmp_path}: exists; name a new folder"
