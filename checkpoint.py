@@ -553,7 +553,7 @@ def replaced(folder: Path):
             os.replace(folder, old)
         os.replace(new, folder)
     except OSError as error:
-        raise OSError(f"{folder}: not written: {error}") from None
+        raise OSError(f"{folder}: not written: {error.strerror or error}") from None
     finally:
         tidy(folder)
 
