@@ -850,7 +850,7 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
         shutil.rmtree(out, ignore_errors=True)
     for name in ("model", "best", "adapters"):
         checkpoint.tidy(out / name)
-    if start == 0 and (out / "best").exists():
+    if start == 0 and read_best(out):  # of an evaluation whose row is cut
         shutil.rmtree(out / "best")
     kept = [row for row in read_rows(out) if row["step"] <= start and start > 0]
     out.mkdir(parents=True, exist_ok=True)
