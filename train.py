@@ -977,7 +977,10 @@ def save_best(row: dict, model, tokenizer, pairs, config: TrainConfig, out: Path
         return
     is_best = rank() == 0 and row["eval_loss"] < read_best(out).get("eval_loss", math.inf)
     if max_over_processes(int(is_best)):  # process 0 decides for all
-        save_model(model, tokenizer, pairs, config, out / "best", row)
+        try:
+            save_model(model, tokenizer, pairs, config, out / "best", row)
+        except OSError as error:
+            raise OSError(f"{error}; fix this, then continue with --resume") from None
 
 
 def read_best(out: Path) -> dict:

@@ -1,5 +1,6 @@
 """A run that is killed, stopped, or short of disk goes on to the bit; one that breaks, stops."""
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import data
 import train
 from model import ModelConfig, Transformer
@@ -285,6 +287,27 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     left = [f.name for f in (tmp_path / "out" / "checkpoints").iterdir()]
     assert left == ["step-00000004"]
     assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", (whole.rows, whole.out))
+
+
+def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    arguments += ["--eval-every", "3"]
+    write, written = checkpoint.write_safetensors, []
+
+    def limited(path, *rest):
+        written.append(path)
+        write(path, *rest)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", limited)
+    evaluates_to(monkeypatch, 1.0, 5.0, 3.0)
+    out = tmp_path / "out"
+    reason = f"{out}/best: not written: No space left on device; fix this, then continue with --res"
+    assert reason in fails(capsys, arguments)
+    assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == 3
+    assert sorted(file.name for file in out.iterdir()) == ["best", "config.json", "metrics.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------
