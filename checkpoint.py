@@ -1,5 +1,7 @@
 """Hugging Face model folders, in and out, and the state of a training run.
 
+    python checkpoint.py OUT/checkpoints/step-N --out FOLDER      a checkpoint as a model folder
+
 Reads      config.json of the families below, its keys old and new; model.safetensors, or its
            shards by their index; else pytorch_model.bin, or its shards, as tensors and no code
 Writes     config.json and model.safetensors (above 5 GB shards with an index)
@@ -7,12 +9,15 @@ Refuses    other families, quantised weights, GGUF, values of config.json that m
            build, and every tensor whose name, shape or dtype is not the expected one
 Training   weights, moments and counts by torch.distributed.checkpoint: written beside the others,
            then renamed, so that a folder named step-N is complete
+Adapters   as peft reads them
 
 By hand and not by the safetensors library: a file is eight bytes, a header in JSON and the tensors'
 bytes, and here each tensor is a view of the mapped file, so that loading takes no second copy of
 the model. Nothing in this file is needed to understand ORPO.
 """
 
+import argparse
+import contextlib
 import json
 import math
 import mmap
@@ -256,17 +261,17 @@ def stored_names(family: Family, ours) -> dict[str, list[str]]:
     return found
 
 
-def read_weights(folder: Path, config, shapes: dict[str, torch.Size]):
+def read_weights(folder: Path, model_type: str, shapes: dict[str, torch.Size]):
     """Yields (our name, tensor) for each of our parameters, whose names and shapes are given.
 
     A tensor is a view of its file: copy it before taking the next. Raises FileNotFoundError, and
     ValueError where a tensor is unknown, missing, or has another shape.
     """
-    family = FAMILIES[config.family]
+    family = FAMILIES[model_type]
     expected = stored_names(family, shapes)
     for file, name, tensor in _checkpoint_tensors(folder):
         name = re.sub(r"^(model\.|transformer\.)?(decoder\.)?", "", name)
-        tied = name == "lm_head.weight" and config.tie_embeddings
+        tied = name == "lm_head.weight" and name not in shapes
         if tied or name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
             continue
         if name not in expected:
@@ -289,15 +294,25 @@ def read_weights(folder: Path, config, shapes: dict[str, torch.Size]):
         raise ValueError(f"{folder}: {len(expected)} tensors are missing: {names}")
 
 
+def write_config(folder: Path, config, dtype: torch.dtype):
+    """Writes the config.json of a ModelConfig, for weights that are stored in dtype."""
+    about = config_json(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
 def write_weights(
-    folder: Path | None, config, parameters: dict[str, Tensor], dtype: torch.dtype, shard_bytes: int
+    folder: Path | None,
+    model_type: str,
+    parameters: dict[str, Tensor],
+    dtype: torch.dtype,
+    shard_bytes: int = 5 * 10**9,
 ):
-    """Writes config.json and the weights, cast to dtype, in shards of at most shard_bytes.
+    """Writes the weights, cast to dtype, in shards of at most shard_bytes.
 
     Of a sharded model each tensor is gathered as it is written, by all processes together: one of
     them has the folder, the others pass None and write nothing.
     """
-    family, tensors = FAMILIES[config.family], {}
+    family, tensors = FAMILIES[model_type], {}
     for name, ours in stored_names(family, parameters).items():
         parts = [parameters[our_name].detach() for our_name in ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -308,9 +323,6 @@ def write_weights(
         for tensor in tensors.values():
             full_tensor(tensor)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    about = config_json(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     shards, size, total = [{}], 0, 0
     for name, tensor in tensors.items():
         n_bytes = tensor.numel() * dtype.itemsize
@@ -486,6 +498,94 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
 
 
 # ---------------------------------------------------------------------------------------------
+# LoRA.
+
+
+def merge_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """W + scale * B A in float64: float32 products on a GPU may go through tf32."""
+    return weight.double() + (scale * (lora_B.double() @ lora_A.double())).to(weight.device)
+
+
+def write_adapters(
+    folder: Path,
+    model_type: str,
+    adapters: dict[str, tuple[Tensor, Tensor]],
+    rank: int,
+    alpha: float,
+    base: Path | str,
+):
+    """Writes adapter_config.json and adapter_model.safetensors as peft reads them.
+
+    adapters: lora_A (rank, in) and lora_B (out, rank) by the names of our modules.
+    base: the folder of the model that they change.
+    """
+    family, tensors, parts_of = FAMILIES[model_type], {}, {}
+    for stored, ours in stored_names(family, [f"{name}.weight" for name in adapters]).items():
+        parts = [adapters[name.removesuffix(".weight")] for name in ours]
+        module = stored.removesuffix(".weight")
+        name = f"base_model.model.{family.prefix}{module}"
+        # Of projections that are stored as one (GPT-2's q, k, v) the adapters become one, too: the
+        # ranks add up, and each part of B reads its own part of A.
+        tensors[f"{name}.lora_A.weight"] = torch.cat([lora_A for lora_A, _ in parts])
+        tensors[f"{name}.lora_B.weight"] = torch.block_diag(*(lora_B for _, lora_B in parts))
+        parts_of[module.rpartition(".")[2]] = len(parts)
+    joined = {module: n for module, n in parts_of.items() if n > 1}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(Path(base).resolve()),
+        "target_modules": sorted(parts_of),
+        "r": rank,
+        "lora_alpha": alpha,  # peft multiplies by alpha / r, as we do
+        "rank_pattern": {module: n * rank for module, n in joined.items()},
+        "alpha_pattern": {module: n * alpha for module, n in joined.items()},
+        "fan_in_fan_out": family.conv1d,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders that are replaced as a whole.
+
+
+@contextlib.contextmanager
+def replaced(folder: Path):
+    """Yields an empty folder to write to, which takes the place of `folder` when all went well.
+
+    Whatever happens, `folder` is never half written. Raises OSError with its name and the reason.
+    """
+    tidy(folder)
+    new, old = _beside(folder)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except OSError as error:
+        raise OSError(f"{folder}: not written: {error.strerror or error}") from None
+    finally:
+        tidy(folder)
+
+
+def tidy(folder: Path):
+    """Clears up behind `replaced`, also where its process was killed."""
+    new, old = _beside(folder)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    for left in filter(Path.exists, (new, old)):
+        shutil.rmtree(left)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old")
+
+
+# ---------------------------------------------------------------------------------------------
 # The state of a training run: a folder a step; the newest that can be read is the one to resume.
 
 # torch.distributed.checkpoint says so each time that there is a single process.
@@ -508,10 +608,13 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"), reverse=True)
 
 
-def save_state(out: Path, step: int, state: dict[str, Tensor], settings: dict, keep: int):
+def save_state(
+    out: Path, step: int, state: dict[str, Tensor], settings: dict, keep: int, write_more
+):
     """Writes a checkpoint, by all processes together, and removes all but the newest `keep`.
 
-    Raises OSError with the reason where it fails; the older checkpoints stay then.
+    write_more(folder) writes what else belongs in it, in one process. Raises OSError with the
+    reason where it fails; the older checkpoints stay then.
     """
     temporary, final = out / "checkpoints" / "unfinished", out / "checkpoints" / f"step-{step:08d}"
     try:
@@ -519,6 +622,7 @@ def save_state(out: Path, step: int, state: dict[str, Tensor], settings: dict, k
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             (temporary / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+            write_more(temporary)
         barrier()
         dcp.save(state, checkpoint_id=temporary)  # returns when all processes are done
         if rank() == 0:
@@ -562,3 +666,91 @@ def _reason(error: BaseException) -> str:
     while not isinstance(error, OSError) and error.__context__:
         error = error.__context__
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# A checkpoint as a model folder. The checkpoint holds in model/ what such a folder has beside its
+# weights, and in weights.json the names and shapes of the parameters.
+
+
+def describe_weights(folder: Path, shapes: dict[str, torch.Size], base: Path | str):
+    """Writes weights.json: shapes in the order of the model, and the folder it was loaded from."""
+    base = str(Path(base).resolve())
+    about = {"base": base, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+    (folder / "weights.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def export(step: Path, out: Path, base: Path | None = None):
+    """Turns a checkpoint of train.py into a model folder, as OUT/model is.
+
+    One process and no GPU do, however many trained; Adam's moments are not loaded. base: the model
+    of a LoRA run, where it has moved. Raises ValueError, OSError.
+    """
+    if not (step / "weights.json").is_file():
+        reason = "not a checkpoint, as it has no weights.json"
+        raise ValueError(f"{step}: {reason}; name a folder such as OUT/checkpoints/step-00000500")
+    if out.exists():
+        raise ValueError(f"--out {out}: exists; name a new folder")
+    about, config = (read_json(step / name) for name in ("weights.json", "model/config.json"))
+    dtype, model_type = getattr(torch, config["torch_dtype"]), config["model_type"]
+    shapes = {name: torch.Size(shape) for name, shape in about["shapes"].items()}
+    frozen = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
+    is_lora = len(frozen) < len(shapes)
+    if base is not None and not is_lora:
+        raise ValueError(f"--model {base}: is for LoRA runs only, and {step} holds all weights")
+    # The tensors are the wanted ones alone, and cast as they are read.
+    if is_lora:
+        state = {name: torch.empty(shapes[name]) for name in shapes.keys() - frozen.keys()}
+        state["frozen"] = torch.zeros((), dtype=torch.float64)
+    else:
+        state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    try:
+        dcp.load(state, checkpoint_id=step)
+    except (OSError, dcp.CheckpointException) as error:
+        raise ValueError(f"{step}: cannot be read: {_reason(error)}") from None
+    if is_lora:
+        base = base or Path(about["base"])
+        if not base.is_dir():
+            raise ValueError(f"{base}: the base model of {step} is not there; name it by --model")
+        state = _merge(base, model_type, frozen, state, read_json(step / "config.json"))
+    with replaced(out) as folder:
+        shutil.copytree(step / "model", folder, dirs_exist_ok=True)
+        write_weights(folder, model_type, state, dtype)
+
+
+def _merge(base: Path, model_type: str, shapes: dict, adapters: dict, settings: dict) -> dict:
+    """The parameters of base, whose shapes are given, with the adapters added."""
+    scale, norms, merged = settings["lora_alpha"] / settings["lora_rank"], [], {}
+    for name, weight in read_weights(base, model_type, shapes):
+        norms.append(weight.to(getattr(torch, settings["dtype"])).double().norm())
+        pair = [adapters.get(name.removesuffix("weight") + leaf) for leaf in ("lora_A", "lora_B")]
+        changed = weight if pair[0] is None else merge_adapter(weight, *pair, scale)
+        merged[name] = changed.to(weight.dtype, copy=True)
+    if not torch.isclose(torch.stack(norms).sum(), adapters["frozen"], rtol=1e-9):
+        raise ValueError(f"{base}: is not the model that was trained; name that by --model")
+    return {name: merged[name] for name in shapes}  # in the order of the model, not of its files
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # without the dump of the usage
+        raise ValueError(f"{message} (see python {self.prog} --help)")
+
+
+def main(argv=None):
+    parser = Parser(prog="checkpoint.py", description=export.__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="OUT/checkpoints/step-N of a run")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--model", type=Path, help="base model of a LoRA run, where it has moved")
+    try:
+        given = parser.parse_args(argv)
+        export(given.checkpoint, given.out, given.model)
+    except (OSError, ValueError) as error:
+        print(f"checkpoint.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"wrote {given.out}, a Hugging Face folder")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import config_json, config_values, read_json, read_weights, write_weights
+from checkpoint import (
+    config_json,
+    config_values,
+    merge_adapter,
+    read_json,
+    read_weights,
+    write_config,
+    write_weights,
+)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -484,7 +492,7 @@ class Transformer(nn.Module):
             shard(model)
             model.to_empty(device=device)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        for name, stored in read_weights(folder, config, shapes):
+        for name, stored in read_weights(folder, config.family, shapes):
             if name == "embed_tokens.weight":  # config.json may not say, or say "auto"
                 config.dtype = str(stored.dtype).removeprefix("torch.")
             tensor = stored.to(device=device, dtype=dtype, copy=True).contiguous()
@@ -506,10 +514,13 @@ class Transformer(nn.Module):
         """
         if self.lora_layers():
             raise ValueError(f"{folder}: not written: merge the adapters first, by merge_lora")
-        folder = None if folder is None else Path(folder)
         parameters = dict(self.named_parameters())
         dtype = dtype or self.embed_tokens.weight.dtype
-        write_weights(folder, self.config, parameters, dtype, shard_bytes)
+        if folder is not None:
+            folder = Path(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(folder, self.config, dtype)
+        write_weights(folder, self.config.family, parameters, dtype, shard_bytes)
 
     def training_flops(self, lengths: list[tuple[int, int, int]], n_predicted: int) -> int:
         """Operations that a training step on packed pairs of these (p, c, r) lengths needs.
@@ -615,10 +626,8 @@ class Transformer(nn.Module):
         """Adds the changes to the weights of base, the model as it was stored: our own frozen ones
         may have been rounded. Returns base."""
         for name, m in self.lora_layers().items():
-            weight = base.get_submodule(name).weight
-            # In float64, as float32 products on a GPU may go through tf32; rounded once.
-            change = m.scale * (m.lora_B.double() @ m.lora_A.double())  # (out, in)
-            weight.copy_(weight.double() + change.to(weight.device))
+            weight = base.get_submodule(name).weight  # rounded once, as it is stored
+            weight.copy_(merge_adapter(weight, m.lora_A, m.lora_B, m.scale))
         return base
 
 

@@ -2,6 +2,7 @@
 
     python train.py                                        the built-in job (a minute on a laptop)
     python train.py --model DIR --data FILE --eval-data FILE --out OUT
+    python train.py ... --dry-run                          the plan, memory, disk and time only
     python train.py ... --resume                           goes on after an interruption
     torchrun --nproc-per-node N train.py ...               the same steps over N processes
     python train.py --model DIR --eval-data FILE --eval-only
@@ -53,6 +54,7 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
+import checkpoint
 import data
 from checkpoint import barrier, full_tensor, load_state, rank, save_state
 from data import Batch, Pair, PairSet
@@ -104,6 +106,7 @@ class TrainConfig:
     )
     lora_rank: int = flag("memory", 0, "train adapters on a frozen model; 0: train it all", least=0)
     lora_alpha: float = flag("memory", 16.0, "adapters count alpha / rank", least=1e-3)
+    lora_adapters: bool = flag("memory", False, "also write OUT/adapters, which peft loads")
     max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
     max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
     seed: int = flag("run", 42, "of order and sampling", least=0, below=2**63)
@@ -111,11 +114,12 @@ class TrainConfig:
     dtype: str = flag("run", None, "default: bfloat16 on cuda", ("float32", "bfloat16"))
     compile: bool = flag("run", False, "torch.compile the blocks: minutes at first, then faster")
     log_every: int = flag("run", 1, "steps between rows of metrics", least=1)
-    eval_every: int = flag("run", 0, "steps; 0: first and last only", least=0)
+    eval_every: int = flag("run", 0, "steps, for OUT/best too; 0: first and last only", least=0)
     save_every: int = flag("run", 500, "steps between checkpoints; 0: none", least=0)
     keep: int = flag("run", 2, "newest checkpoints that stay", least=1)
     resume: bool = flag("run", False, "from the newest checkpoint in --out")
     eval_only: bool = flag("run", False, "evaluate --model on --eval-data")
+    dry_run: bool = flag("run", False, "print the plan, try the largest micro-batch, and stop")
 
     def check(self, source: str = ""):
         """Raises ValueError with the first flag whose value is of the wrong type or range."""
@@ -137,6 +141,10 @@ class TrainConfig:
             raise ValueError(
                 f"{source}--shard and --lora-rank do not go together: a frozen model is not sharded"
             )
+        if self.lora_adapters and not self.lora_rank:
+            raise ValueError(f"{source}--lora-adapters needs --lora-rank, which makes adapters")
+        if self.dry_run and self.eval_only:
+            raise ValueError(f"{source}--dry-run plans a training run, and --eval-only is none")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -330,7 +338,9 @@ def train(config: TrainConfig) -> int:
 
     plan = make_plan(model, tokenizer, train_set, eval_set, config)
     n_steps, optimizer = plan.n_steps, make_optimizer(model, config)
-    dry_run(model, optimizer, plan, config)
+    try_largest(model, optimizer, plan, config)
+    if config.dry_run:
+        return 0
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     before = answers(model, tokenizer, shown, 64)
     start = load_checkpoint(out, model, optimizer, config) if config.resume else 0
@@ -349,9 +359,11 @@ def train(config: TrainConfig) -> int:
                 with log.paused():
                     check_updates(optimizer, model, step)
                     if evaluates:
-                        log.evaluation(evaluation(step))
+                        row = evaluation(step)
+                        log.evaluation(row)
+                        save_best(row, model, tokenizer, pairs, config, out)
                     if step > 0 and (saves or stop):
-                        save_checkpoint(out, step, model, optimizer, config)
+                        save_checkpoint(out, step, model, optimizer, tokenizer, pairs, config)
             if step == n_steps:
                 break
             if stop:
@@ -372,12 +384,15 @@ def train(config: TrainConfig) -> int:
             )
         log.close()
 
-    save_model(model, tokenizer, pairs, config, out)
+    save_model(model, tokenizer, pairs, config, out / "model")
+    if config.lora_adapters:
+        save_adapters(model, config, out / "adapters")
     print_changes(out, n_steps)
     after = answers(model, tokenizer, shown, 64)
     for prompt, *texts in zip(shown, before, after, strict=True):
         print("\n{}\n  before: {}\n  after:  {}".format(tokenizer.decode(prompt), *texts))
     print(f"\nwrote {out}/metrics.jsonl and {out}/model, a Hugging Face folder")
+    print_best(out)
     return 0
 
 
@@ -613,11 +628,12 @@ def make_plan(model, tokenizer, train_set: PairSet, eval_set: PairSet, config: T
     print(
         f"memory   {state}{each} for weights, gradients and Adam's moments; the rest is tried next"
     )
-    needed, free = disk_needed(model, c), shutil.disk_usage(existing_parent(Path(c.out))).free
+    place = existing_parent(Path(c.out or "."))
+    needed, free = disk_needed(model, c), shutil.disk_usage(place).free
     warning = "" if needed < free else ": NOT ENOUGH; lower --keep, or name another --out"
     print(
-        f"disk     {gigabytes(needed)} for the model and {c.keep + 1 if c.save_every else 0} "
-        f"checkpoints, of {gigabytes(free)} free{warning}"
+        f"disk     {gigabytes(needed)} for the model{', the best one' if c.eval_every else ''} and "
+        f"{c.keep + 1 if c.save_every else 0} checkpoints, of {gigabytes(free)} free{warning}"
     )
     print("the first pair, as trained on:")
     print(data.show(pairs[0], tokenizer, colour=data.use_colour()), flush=True)
@@ -642,10 +658,13 @@ def fixed_memory(trained: int, n_parameters: int, config: TrainConfig) -> int:
 
 
 def disk_needed(model: Transformer, config: TrainConfig) -> int:
-    """Bytes of OUT/model and of the checkpoints, one more than stay, as a new one comes first."""
+    """Bytes of OUT/model, OUT/best and OUT/adapters, and of the checkpoints, one more than stay, as
+    a new one comes first. (So it does with OUT/best, but before there is OUT/model.)"""
     trained, n_parameters = count_parameters(model)
     stored = n_parameters * getattr(torch, model.config.dtype).itemsize
-    return stored + (12 * trained * (config.keep + 1) if config.save_every else 0)
+    needed = stored * (2 if config.eval_every else 1)
+    needed += 4 * trained if config.lora_adapters else 0
+    return needed + (12 * trained * (config.keep + 1) if config.save_every else 0)
 
 
 def existing_parent(path: Path) -> Path:
@@ -676,7 +695,7 @@ def gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MB"
 
 
-def dry_run(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
+def try_largest(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
     """The largest micro-batch, forward and backward, with everything in memory that a step has:
     running out of it happens now, or not at all. Nothing changes by it."""
     pairs = plan.largest
@@ -721,6 +740,11 @@ def block_memory(model: Transformer, pairs: list[Pair]) -> tuple[int, int]:
     # Attention keeps queries, keys, values and its output.
     per_token = norms * c.dim + 2 * c.n_heads * c.head_dim + wide * c.hidden_dim
     kept = n * per_token + 2 * n_keys * c.n_kv_heads * c.head_dim
+    # The copies in compute_dtype to which weights are cast. What is frozen is stored in that dtype,
+    # and FSDP2 casts as it gathers, and lets go of what it gathered behind the block.
+    if not isinstance(model, fsdp.FSDPModule):
+        weights = [p for p in model.layers[0].parameters() if p.dtype.itemsize != itemsize]
+        kept += sum(p.numel() for p in weights if p.dim() == 2)
     return itemsize * kept, itemsize * n * c.dim
 
 
@@ -775,7 +799,7 @@ def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
 
 def claim_folder(config: TrainConfig) -> Path | None:
     """--out as a path, checked: no file, and no other run's folder. Raises ValueError."""
-    if config.out is None:
+    if config.out is None:  # --eval-only, --dry-run
         return None
     out = Path(config.out)
     if out.exists() and not out.is_dir():
@@ -783,8 +807,9 @@ def claim_folder(config: TrainConfig) -> Path | None:
     above = existing_parent(out)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out {out}: cannot be made, as {above} is not a folder to write to")
-    if (out / "model").resolve() == Path(config.model).resolve() and not config.eval_only:
-        raise ValueError(f"--out {out}: its model/ would replace --model; name another folder")
+    for name in ("model", "best"):
+        if (out / name).resolve() == Path(config.model).resolve() and not config.eval_only:
+            raise ValueError(f"--out {out}: its {name}/ would replace --model; name another folder")
     holds_run = any("loss" in row for row in read_rows(out))
     if config.eval_only and holds_run:
         return None  # printed only: that run's rows stay as they are
@@ -807,6 +832,10 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
         return
     if start == 0 and is_builtin(config) and not config.resume:
         shutil.rmtree(out, ignore_errors=True)
+    for name in ("model", "best", "adapters"):
+        checkpoint.tidy(out / name)
+    if start == 0 and read_best(out):  # of an evaluation whose row is cut
+        shutil.rmtree(out / "best")
     kept = [row for row in read_rows(out) if row["step"] <= start and start > 0]
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / "metrics.jsonl.tmp"
@@ -852,9 +881,15 @@ def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_checkpoint(out: Path, step: int, model: Transformer, optimizer, config: TrainConfig):
-    settings = dataclasses.asdict(config)
-    save_state(out, step, training_state(model, optimizer), settings, config.keep)
+def save_checkpoint(out: Path, step: int, model, optimizer, tokenizer, pairs, config: TrainConfig):
+    def write_more(folder: Path):  # what checkpoint.py needs to make a model folder of it
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        checkpoint.describe_weights(folder, shapes, config.model)
+        (folder / "model").mkdir()
+        write_model_files(folder / "model", model, tokenizer, pairs, config)
+
+    settings, state = dataclasses.asdict(config), training_state(model, optimizer)
+    save_state(out, step, state, settings, config.keep, write_more)
 
 
 def load_checkpoint(out: Path, model: Transformer, optimizer, config: TrainConfig) -> int:
@@ -872,7 +907,7 @@ def load_checkpoint(out: Path, model: Transformer, optimizer, config: TrainConfi
 
 def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
     free = ("resume", "eval_only", "device", "out", "keep", "shard", "micro_batch_tokens")
-    free += ("activation_checkpointing", "compile", "log_every", "save_every")
+    free += ("activation_checkpointing", "compile", "log_every", "save_every", "lora_adapters")
     for name, now in dataclasses.asdict(config).items():
         if name not in free and now != then.get(name, getattr(TrainConfig, name)):
             raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
@@ -885,16 +920,9 @@ TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
 )
 
 
-def save_model(model: Transformer, tokenizer, pairs: list[Pair], config: TrainConfig, out: Path):
-    """The trained model as a Hugging Face folder, in the dtype that the checkpoint had."""
-    if rank() > 0:
-        if config.shard:  # takes part in gathering each tensor
-            model.save_pretrained(None)
-        return
-    folder = out / "model"
-    if config.lora_rank:
-        model = model.merge_lora(Transformer.from_pretrained(config.model))
-    model.save_pretrained(folder, dtype=getattr(torch, model.config.dtype))
+def write_model_files(folder: Path, model: Transformer, tokenizer, pairs, config: TrainConfig):
+    """What a model folder holds beside the weights."""
+    checkpoint.write_config(folder, model.config, getattr(torch, model.config.dtype))
     for name in TOKENIZER_FILES:
         if (Path(config.model) / name).is_file():
             shutil.copyfile(Path(config.model) / name, folder / name)
@@ -904,6 +932,63 @@ def save_model(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCo
     if not (folder / "generation_config.json").exists():  # where to stop
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def save_model(model, tokenizer, pairs, config: TrainConfig, folder: Path, row: dict | None = None):
+    """The trained model as a Hugging Face folder, in the dtype that the checkpoint had; with row,
+    its evaluation, which is how OUT/best is known."""
+    if rank() > 0:
+        if config.shard:  # takes part in gathering each tensor
+            model.save_pretrained(None)
+        return
+    if config.lora_rank:
+        model = model.merge_lora(Transformer.from_pretrained(config.model))
+    with checkpoint.replaced(folder) as new:
+        model.save_pretrained(new, dtype=getattr(torch, model.config.dtype))
+        write_model_files(new, model, tokenizer, pairs, config)
+        if row is not None:
+            (new / "evaluation.json").write_text(json.dumps(row, indent=2) + "\n")
+
+
+def save_best(row: dict, model, tokenizer, pairs, config: TrainConfig, out: Path):
+    """With --eval-every: saves the model as OUT/best where row has this run's lowest eval_loss.
+
+    It is compared with the row in OUT/best, which belongs to those weights whatever happens. Rows
+    of metrics.jsonl may be cut by --resume, and be computed again with other roundings.
+    """
+    if row["step"] == 0 or not config.eval_every:  # step 0 is --model itself
+        return
+    is_best = rank() == 0 and row["eval_loss"] < read_best(out).get("eval_loss", math.inf)
+    if max_over_processes(int(is_best)):  # process 0 decides for all
+        try:
+            save_model(model, tokenizer, pairs, config, out / "best", row)
+        except OSError as error:
+            raise OSError(f"{error}; fix this, then continue with --resume") from None
+
+
+def read_best(out: Path) -> dict:
+    """The evaluation of OUT/best; {} where there is none."""
+    file = out / "best" / "evaluation.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def print_best(out: Path):
+    if best := read_best(out):
+        text = f"wrote {out}/best, the model of step {best['step']}: "
+        text += f"the lowest eval_loss, {best['eval_loss']:.4f}"
+        untrained = [row["eval_loss"] for row in read_rows(out) if row["step"] == 0]
+        if untrained and untrained[0] <= best["eval_loss"]:
+            text += f" (but {untrained[0]:.4f} before training)"
+        print(text)
+
+
+def save_adapters(model: Transformer, config: TrainConfig, folder: Path):
+    """The adapters by themselves, as peft reads them."""
+    if rank() == 0:
+        adapters = {name: (m.lora_A, m.lora_B) for name, m in model.lora_layers().items()}
+        family, numbers = model.config.family, (config.lora_rank, config.lora_alpha)
+        with checkpoint.replaced(folder) as new:
+            checkpoint.write_adapters(new, family, adapters, *numbers, config.model)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1157,7 +1242,9 @@ def parse(argv: list[str] | None) -> TrainConfig:
             settings.setdefault("out", str(BUILTIN_OUT))
     config = TrainConfig(**(settings | given))
     config.check()
-    needed = ("model", "eval_data") if config.eval_only else ("model", "data", "out")
+    needed = ["model", "eval_data" if config.eval_only else "data"]
+    if not (config.eval_only or config.dry_run):
+        needed.append("out")
     for name in needed:
         if getattr(config, name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is needed (see python train.py --help)")

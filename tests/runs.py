@@ -77,6 +77,12 @@ def kill_at(monkeypatch, step: int):
     monkeypatch.setattr(train, "HostCopy", Dying)
 
 
+def evaluates_to(monkeypatch, *losses: float):
+    """The evaluations to come find these eval_loss, one after the other."""
+    evaluate, left = train.evaluate, iter(losses)
+    monkeypatch.setattr(train, "evaluate", lambda *a: evaluate(*a) | {"eval_loss": next(left)})
+
+
 # ---------------------------------------------------------------------------------------------
 # In processes of its own.
 
@@ -127,6 +133,11 @@ def steps(rows: list[dict]) -> list[dict]:
 
 def evaluations(rows: list[dict]) -> list[dict]:
     return [row for row in rows if "eval_loss" in row]
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    """What a folder holds; nothing where there is none."""
+    return {file.name: file.read_bytes() for file in folder.glob("*")}
 
 
 def weights(out: Path) -> bytes:

@@ -15,6 +15,7 @@ import checkpoint
 from checkpoint import write_safetensors
 from model import ModelConfig, Transformer
 from tests.models import KINDS, V, kinds, random_model
+from tests.runs import file_bytes
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 123\n"
 
@@ -45,10 +46,6 @@ def assert_same_weights(model, wanted: dict):
     assert got.keys() == wanted.keys()
     for name, p in got.items():
         assert p.dtype == wanted[name].dtype and torch.equal(p, wanted[name]), name
-
-
-def file_bytes(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @kinds
@@ -656,3 +653,121 @@ def test_a_pointer_in_place_of_safetensors_says_how_to_get_the_file(tmp_path):
     (tmp_path / "x").write_bytes(LFS)
     message = complaint(read_safetensors, tmp_path / "x")
     assert message == "a Git LFS pointer, not the file itself: git lfs pull"
+
+
+# -----------------------------------------------------------------------------
+# Folders that are replaced as a whole
+
+
+def folder_of(path, text: str):
+    path.mkdir()
+    (path / "a").write_text(text)
+    return path
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    folder = folder_of(tmp_path / "x", "old")
+    (folder / "b").write_text("is not in the new one")
+    with checkpoint.replaced(folder) as new:
+        (new / "a").write_text("new")
+        assert (folder / "a").read_text() == "old"
+    assert file_bytes(folder) == {"a": b"new"} and [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()], ids=repr)
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, error):
+    folder = folder_of(tmp_path / "x", "old")
+    with pytest.raises(type(error)) as raised, checkpoint.replaced(folder) as new:
+        (new / "a").write_text("new")
+        raise error
+    assert file_bytes(folder) == {"a": b"old"} and [*tmp_path.iterdir()] == [folder]
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"{folder}: not written: full"
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_process_that_is_killed_between_the_renames_loses_no_folder(tmp_path, monkeypatch, call):
+    """Behind the first or the second of them, where not even `finally` runs."""
+    folder, left, replace = folder_of(tmp_path / "x", "old"), [call], os.replace
+
+    def killed(*paths):
+        replace(*paths)
+        left[0] -= 1
+        if left[0] == 0:
+            monkeypatch.setattr(checkpoint, "tidy", lambda folder: None)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        with checkpoint.replaced(folder) as new:
+            (new / "a").write_text("new")
+    assert len([*tmp_path.iterdir()]) == 2
+    monkeypatch.undo()
+    checkpoint.tidy(folder)
+    assert file_bytes(folder) == {"a": b"old" if call == 1 else b"new"}
+    assert [*tmp_path.iterdir()] == [folder]
+
+
+# -----------------------------------------------------------------------------
+# A training checkpoint as a model folder. (Whole runs, LoRA's too, compare it with OUT/model: in
+# test_train.py, test_lora.py, test_distributed.py.)
+
+
+def step_folder(tmp_path, model: Transformer):
+    """A checkpoint as train.py writes it, without tokenizer files."""
+
+    def write_more(folder):
+        shapes = {name: p.shape for name, p in state(model).items()}
+        checkpoint.describe_weights(folder, shapes, tmp_path)
+        (folder / "model").mkdir()
+        checkpoint.write_config(folder / "model", model.config, torch.bfloat16)
+
+    moments = {f"{name}.exp_avg": torch.ones_like(p) for name, p in state(model).items()}
+    checkpoint.save_state(tmp_path, 5, state(model) | moments, {}, 2, write_more)
+    return tmp_path / "checkpoints" / "step-00000005"
+
+
+def fails(capsys, *arguments) -> str:
+    """The complaint of checkpoint.py, which must end with status 2, in one line."""
+    with pytest.raises(SystemExit) as stopped:
+        checkpoint.main([*map(str, arguments)])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("\n") == 1
+    return message.removeprefix("checkpoint.py: ").strip()
+
+
+@pytest.mark.parametrize("family", checkpoint.FAMILIES)
+def test_a_checkpoint_of_every_family_becomes_what_its_model_would_be_saved_as(family, tmp_path):
+    values = checkpoint.FAMILIES[family].values
+    model = random_model(torch.float32, **values | {"family": family, "head_dim": 8})
+    model.save_pretrained(tmp_path / "wanted", torch.bfloat16)
+    step = step_folder(tmp_path, model)
+    checkpoint.main([str(step), "--out", str(tmp_path / "made")])
+    assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "wanted")
+
+
+def test_adams_moments_are_not_loaded_to_make_a_model_folder(tmp_path, monkeypatch):
+    model, loaded = random_model(torch.float32), []
+    load = checkpoint.dcp.load
+
+    def note(wanted, **folder):
+        loaded.extend(wanted.values())
+        load(wanted, **folder)
+
+    monkeypatch.setattr(checkpoint.dcp, "load", note)
+    step = step_folder(tmp_path, model)
+    checkpoint.export(step, tmp_path / "made")
+    assert sum(x.nbytes for x in loaded) == 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    step, out = step_folder(tmp_path, random_model(torch.float32)), tmp_path / "made"
+    for wrong in (tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints"):
+        message = fails(capsys, wrong, "--out", out)
+        assert message.startswith(f"{wrong}: not a checkpoint, as it has no weights.json; name a ")
+    assert "are required: --out" in fails(capsys, step)
+    assert "all weights" in fails(capsys, step, "--out", out, "--model", tmp_path)
+    assert fails(capsys, step, "--out", tmp_path) == f"--out {tmp_path}: exists; name a new folder"
+    (step / "__0_0.distcp").unlink()
+    assert fails(capsys, step, "--out", out).startswith(f"{step}: cannot be read: ")
+    assert not out.exists()

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -13,10 +15,12 @@ import train
 from checkpoint import FAMILIES
 from model import ModelConfig, Transformer
 from tests.runs import (
+    ROOT,
     UNEVEN,
     compare,
     compare_models,
     fails,
+    file_bytes,
     files,
     launch,
     rows_of,
@@ -95,6 +99,7 @@ def test_an_empty_micro_batch_adds_zeros():
 
 
 SHARD = ("--shard", "--activation-checkpointing")
+SAVED = [*UNEVEN, "--eval-every", "8", "--save-every", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,7 @@ def two_processes(folder, tmp_path_factory):
     script.write_text(SEVERAL)
     runs = [(sft_loss, *more) for sft_loss in ("response", "full") for more in ((), SHARD)]
     commands = [
-        [*files(folder), *UNEVEN, "--out", str(out / "-".join(flags)), "--sft-loss", *flags]
+        [*files(folder), *SAVED, "--out", str(out / "-".join(flags)), "--sft-loss", *flags]
         for flags in runs
     ]
     commands.append([*files(folder), *SHARD, "--lam", "1e37", "--out", str(out / "not-finite")])
@@ -144,10 +149,26 @@ def two_processes(folder, tmp_path_factory):
 @pytest.mark.parametrize("more", [(), SHARD])
 def test_two_processes_equal_one(one_process, two_processes, sft_loss, more):
     """40 pairs by 7: the sixth step has 5. A learning rate at which roundings do not grow."""
-    one, out_one = one_process(*UNEVEN, "--sft-loss", sft_loss)
+    one, out_one = one_process(*SAVED, "--sft-loss", sft_loss)
     out_two = two_processes[0] / "-".join((sft_loss, *more))
     compare(one, rows_of(out_two / "metrics.jsonl"), rel=2e-5)
     compare_models(out_one, out_two, 1e-5)
+
+
+@pytest.mark.parametrize("more", [(), SHARD])
+def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
+    two_processes, tmp_path, more
+):
+    """All three are of step 8. The checkpoint of two processes is read by one."""
+    out = two_processes[0] / "-".join(("full", *more))
+    step, made = out / "checkpoints" / "step-00000008", tmp_path / "made"
+    command = [sys.executable, "checkpoint.py", str(step), "--out", str(made)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ran.stdout, ran.stderr) == (f"wrote {made}, a Hugging Face folder\n", "")
+    assert len([*out.glob("checkpoints/*/*.distcp")]) == 2
+    model, best = file_bytes(out / "model"), file_bytes(out / "best")
+    assert json.loads(best.pop("evaluation.json"))["step"] == 8
+    assert file_bytes(made) == model == best
 
 
 def test_process_0_alone_speaks_and_tells_the_balance(two_processes):

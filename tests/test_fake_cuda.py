@@ -349,33 +349,59 @@ def test_loading_and_saving(fake, tmp_path, monkeypatch, dtype):
     assert sizes[0] == sizes[1]
 
 
+def kept_by_a_block(model: Transformer) -> int:
+    """Bytes that the first block keeps of PAIRS; its parameters and what blocks share count not."""
+    config, kept = TrainConfig(dtype="bfloat16"), {}
+    (batch,) = train.micro_batches(PAIRS, config, share=False)
+
+    def note(x):
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    batch = data.Batch(*(x.to(CUDA) if torch.is_tensor(x) else x for x in batch))
+    segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index, CUDA)
+    rotation = model_file.rotary(batch.positions, model.config)
+    x = torch.randn(len(batch.tokens), model.config.dim, dtype=torch.bfloat16, device=CUDA)
+    shared = {t.untyped_storage()._cdata for t in (*rotation, *segments[3:], *model.parameters())}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model.layers[0](x.requires_grad_(), *rotation, segments)
+    _, entrance = train.block_memory(model, PAIRS)
+    assert entrance * len(batch.tokens) == x.nbytes * sum(pair.n_tokens for pair in PAIRS)
+    # Now, and not as they were saved: FSDP2 lets go of what it gathered.
+    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in shared)
+
+
 @pytest.mark.parametrize(
     "values", [{}, {"n_kv_heads": 8}, GPT, PHI], ids=["gqa", "mha", "gpt", "phi"]
 )
-def test_what_a_block_keeps_is_what_the_plan_says(fake, values):
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_memory_that_a_block_keeps_is_what_the_plan_says(fake, values, lora_rank):
     """Within a few percent: logsumexps of attention, and means and deviations of norms are not
-    counted."""
+    counted, nor what adapters keep."""
     shape = ModelConfig(1000, 256, 1, 8, 1024, **({"n_kv_heads": 2} | values))
-    config, kept = TrainConfig(dtype="bfloat16"), {}
-    (batch,) = train.micro_batches(PAIRS, config)
-
-    def note(x):
-        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
-        return x
-
     with fake:
-        model = make_model(shape, config)
-        batch = data.Batch(*(x.to(CUDA) if torch.is_tensor(x) else x for x in batch))
-        segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index, CUDA)
-        rotation = model_file.rotary(batch.positions, shape)
-        x = torch.randn(len(batch.tokens), shape.dim, dtype=torch.bfloat16, device=CUDA)
-        shared = {
-            t.untyped_storage()._cdata for t in (*rotation, *segments[3:], *model.parameters())
-        }
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            model.layers[0](x.requires_grad_(), *rotation, segments)
-        weights = 2 * sum(p.numel() for p in model.layers.parameters())  # in bfloat16
-        estimate, entrance = train.block_memory(model, PAIRS)
-    total = sum(n for key, (n, _) in kept.items() if key not in shared) - weights
-    assert entrance * len(batch.tokens) == x.nbytes * sum(pair.n_tokens for pair in PAIRS)
-    assert estimate == pytest.approx(total, rel=0.15)
+        model = make_model(shape, TrainConfig(dtype="bfloat16", lora_rank=lora_rank))
+        kept = kept_by_a_block(model)
+        assert train.block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
+
+
+def test_the_memory_that_a_sharded_block_keeps_is_what_the_plan_says(monkeypatch):
+    """Gathered weights are not kept: each block gathers them again for its backward pass."""
+    for module in (train, model_file):
+        monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        config = TrainConfig(dtype="bfloat16", device="cuda:0", shard=True)
+        (batch,) = train.micro_batches(PAIRS, config, share=False)
+        mesh = train.init_device_mesh("cuda", (8,))
+        monkeypatch.setattr(train, "init_device_mesh", lambda *_: mesh)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = make_model(ModelConfig(1000, 256, 2, 8, 1024, n_kv_heads=2), config)
+            train.shard(model, config)
+            with torch.no_grad():  # tells the blocks that they are parts of a model
+                train.forward(model, batch, 0.1)
+            train.reshard(model)
+            kept = kept_by_a_block(model)
+            assert train.block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
+    finally:
+        dist.destroy_process_group()

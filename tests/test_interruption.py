@@ -1,5 +1,6 @@
 """A run that is killed, stopped, or short of disk goes on to the bit; one that breaks, stops."""
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import data
 import train
 from model import ModelConfig, Transformer
@@ -21,13 +23,14 @@ from tests.runs import (
     ROOT,
     TWELVE_STEPS,
     Killed,
+    evaluates_to,
     evaluations,
     fails,
+    file_bytes,
     files,
     kill_at,
     run,
     steps,
-    weights,
 )
 
 # Runs train.py, and at the n-th call of a function sends its own process a signal, as often.
@@ -64,9 +67,10 @@ def evaluated(folder, tmp_path_factory) -> tuple[list[dict], Path]:
 
 
 def assert_the_same_run(rows: list[dict], out: Path, wanted: tuple[list[dict], Path]):
-    """The same metrics at every step and evaluation, and the same model, to the bit."""
+    """The same metrics at every step and evaluation, and the same models, to the bit."""
     assert steps(rows) == steps(wanted[0]) and evaluations(rows) == evaluations(wanted[0])
-    assert weights(out) == weights(wanted[1])
+    for name in ("model", "best"):
+        assert file_bytes(out / name) == file_bytes(wanted[1] / name)
 
 
 @pytest.mark.parametrize(("save_every", "killed_at"), [(4, 10), (4, 3), (5, 6)])
@@ -88,7 +92,7 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(arguments, evaluated, 
     for target, n in (
         ("train.write_row", 3),  # step 2's
         ("torch.distributed.checkpoint.FileSystemWriter.finish", 2),  # only the index is missing
-        ("train.shutil.rmtree", 5),  # step 3's, behind that of step 9
+        ("train.shutil.rmtree", 6),  # step 3's, behind that of step 9
     ):
         killed = interrupted(target, n, signal.SIGKILL, [*arguments, "--resume"])
         assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -118,6 +122,40 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(arguments
         killed += process.wait() == -signal.SIGKILL
     assert killed > 10
     assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", (whole, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("later", "step"), [([3.0, 4.0, 2.0], 12), ([3.0, 4.0, 5.0], 6), ([3.1, 4.0, 3.05], 6)]
+)
+def test_the_best_model_is_the_best_across_a_resume(arguments, tmp_path, monkeypatch, later, step):
+    """Killed behind step 6, the best one, whose row is cut, as the checkpoint is of step 5. It is
+    evaluated again, and finds the same, or a little more where micro-batches are others now."""
+    arguments += ["--save-every", "5", "--eval-every", "3"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 8)
+        evaluates_to(patch, 1.0, 5.0, 3.0)
+        run(arguments)
+    best = tmp_path / "out" / "best"
+    before = file_bytes(best)
+    evaluates_to(monkeypatch, *later)
+    run(arguments, "--resume")
+    after = file_bytes(best)
+    assert json.loads(after["evaluation.json"])["step"] == step
+    assert (before == after) == (step == 6)
+
+
+def test_the_best_model_of_a_run_that_starts_again_is_of_the_new_one(
+    arguments, tmp_path, monkeypatch
+):
+    arguments += ["--eval-every", "3"]  # without a checkpoint
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 8)
+        evaluates_to(patch, 1.0, 5.0, 3.0)
+        run(arguments)
+    evaluates_to(monkeypatch, 1.0, 9.0, 8.0, 7.0, 6.0)
+    run(arguments, "--resume")
+    best = json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())
+    assert (best["step"], best["eval_loss"]) == (12, 6.0)
 
 
 def test_a_run_goes_on_with_smaller_micro_batches(arguments, whole, monkeypatch):
@@ -249,6 +287,27 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     left = [f.name for f in (tmp_path / "out" / "checkpoints").iterdir()]
     assert left == ["step-00000004"]
     assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", (whole.rows, whole.out))
+
+
+def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    arguments += ["--eval-every", "3"]
+    write, written = checkpoint.write_safetensors, []
+
+    def limited(path, *rest):
+        written.append(path)
+        write(path, *rest)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", limited)
+    evaluates_to(monkeypatch, 1.0, 5.0, 3.0)
+    out = tmp_path / "out"
+    reason = f"{out}/best: not written: No space left on device; fix this, then continue with --res"
+    assert reason in fails(capsys, arguments)
+    assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == 3
+    assert sorted(file.name for file in out.iterdir()) == ["best", "config.json", "metrics.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+import checkpoint
 import data
 import orpo
 import train
@@ -22,6 +23,7 @@ from tests.runs import (
     compare,
     compare_models,
     fails,
+    file_bytes,
     files,
     kill_at,
     launch,
@@ -275,6 +277,47 @@ def test_a_float32_checkpoint_stays_one_in_bfloat16_runs(tmp_path):
         torch.testing.assert_close(
             merged.get_submodule(name).weight.double(), wanted, rtol=1e-6, atol=1e-7
         )
+
+
+def test_a_checkpoint_becomes_the_merged_model(folder, arguments, tmp_path, capsys):
+    base = shutil.copytree(folder / "model", tmp_path / "base")
+    run(arguments, "--save-every", "12", *LORA, "--model", str(base))
+    step, made = tmp_path / "out" / "checkpoints" / "step-00000012", tmp_path / "made"
+    checkpoint.main([str(step), "--out", str(made)])
+    assert file_bytes(made) == file_bytes(tmp_path / "out" / "model")
+    # The base has moved, and in its place there is nothing, or another one.
+    moved, again = base.rename(tmp_path / "moved"), tmp_path / "again"
+    with pytest.raises(ValueError, match=r"base: the base model of .* is not there; .* --model"):
+        checkpoint.export(step, again)
+    checkpoint.main([str(step), "--out", str(again), "--model", str(moved)])
+    assert file_bytes(made) == file_bytes(again)
+    model = Transformer.from_pretrained(moved)
+    with torch.no_grad():
+        model.norm.weight.mul_(1.01)
+    model.save_pretrained(base)
+    with pytest.raises(ValueError, match=r"base: is not the model that was trained; .* --model"):
+        checkpoint.export(step, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_tokenizer, tmp_path):
+    """Frozen weights in bfloat16, of a model that is stored in float32."""
+    base, dtype = tmp_path / "base", torch.bfloat16
+    family.save_pretrained(base)
+    config = train.TrainConfig(model=str(base), lora_rank=3, lora_alpha=8.0, dtype="bfloat16")
+    model = adapted(3, Transformer.from_pretrained(base, dtype=dtype))
+    rest = data.load_tokenizer(tiny_tokenizer), some_pairs(1, seed=1), config
+    train.save_model(model, *rest, tmp_path / "model")
+    train.save_checkpoint(tmp_path, 1, model, train.make_optimizer(model, config), *rest)
+    checkpoint.export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")
+    assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "model")
+    assert Transformer.from_pretrained(tmp_path / "made").config.dtype == "float32"
+
+
+def test_the_best_model_is_a_merged_one(arguments, tmp_path):
+    run(arguments, "--eval-every", "12", *LORA)
+    best = file_bytes(tmp_path / "out" / "best")
+    assert best.pop("evaluation.json") and best == file_bytes(tmp_path / "out" / "model")
 
 
 def test_resuming_on_another_base_is_refused(folder, arguments, tmp_path, monkeypatch, capsys):

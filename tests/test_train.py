@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import data
 import orpo
 import train
@@ -20,8 +21,10 @@ from tests.runs import (
     FACTS,
     METRICS,
     TWELVE_STEPS,
+    evaluates_to,
     evaluations,
     fails,
+    file_bytes,
     files,
     run,
     steps,
@@ -209,6 +212,61 @@ def test_the_template_of_a_flag_is_used_and_taken_along(chat, tmp_path, capsys):
     assert "[What is the capital of Peru?]" in shown and "[Lima.]</s>" in shown
 
 
+def test_the_best_model_is_that_of_the_lowest_evaluation(arguments, tmp_path, monkeypatch, capsys):
+    """Of the first where two are equal; the model before training does not count, but is told."""
+    evaluates_to(monkeypatch, 1.0, 5.0, 3.0, 3.0, 4.0)
+    every = ["--eval-every", "3", "--save-every", "3", "--keep", "9"]
+    rows, out = run(arguments, *every), tmp_path / "out"
+    text = f"wrote {out}/best, the model of step 6: the lowest eval_loss, 3.0000 (but 1.0000 before"
+    assert text in capsys.readouterr().out
+    best = file_bytes(out / "best")
+    assert [json.loads(best.pop("evaluation.json"))] == [
+        row for row in evaluations(rows) if row["step"] == 6
+    ]
+    checkpoint.main([f"{out}/checkpoints/step-00000006", "--out", str(tmp_path / "exported")])
+    assert best == file_bytes(tmp_path / "exported")
+    assert best.keys() == file_bytes(out / "model").keys()
+    assert best["model.safetensors"] != weights(out)
+
+
+def test_without_eval_every_there_is_no_best_model(whole):
+    assert not (whole.out / "best").exists() and "best" not in whole.printed
+
+
+def test_the_best_model_is_not_replaced_by_a_run_on_it(arguments, capsys, tmp_path):
+    shutil.copytree(arguments[1], tmp_path / "out" / "best")
+    message = fails(capsys, [*arguments, "--model", str(tmp_path / "out" / "best")])
+    assert "its best/ would replace --model" in message
+
+
+def test_the_disk_that_the_plan_asks_for_holds_the_best_model_and_adapters(tmp_path):
+    model = Transformer(ModelConfig(100, 16, 2, 2, 24, dtype="bfloat16"))
+    n = sum(p.numel() for p in model.parameters())
+    config = train.TrainConfig(save_every=0)
+    assert train.disk_needed(model, config) == 2 * n
+    config.eval_every = 5
+    assert train.disk_needed(model, config) == 4 * n
+    model.add_lora(4, 8.0)
+    adapters = sum(p.numel() for p in train.trainable(model))
+    config.lora_rank = 4
+    assert train.disk_needed(model, config) == 4 * n
+    config.lora_adapters = True
+    assert train.disk_needed(model, config) == 4 * n + 4 * adapters
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsys, out):
+    if not out:
+        i = arguments.index("--out")
+        del arguments[i : i + 2]
+    train.main([*arguments, "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    words = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert {"model", "train", "eval", "steps", "time", "memory", "disk"} <= {*words}
+    assert "GB at the most in a step" in "\n".join(lines)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_eval_fraction_evaluates_on_a_part_of_the_rows_instead(folder, tmp_path, capsys):
     flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
     flags += ["--out", str(tmp_path / "out"), "--max-steps", "1", "--device", "cpu"]
@@ -389,6 +447,8 @@ GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
         (["--seed", str(2**64)], "--seed must be at least 0 and below 9223372036854775808, not 18"),
         (["--lora-rank", "-1"], "--lora-rank must be at least 0, not -1"),
         (["--shard", "--lora-rank", "2"], "--shard and --lora-rank do not go together"),
+        (["--lora-adapters"], "--lora-adapters needs --lora-rank"),
+        (["--dry-run", "--eval-only"], "--dry-run plans a training run, and --eval-only is none"),
         (["--config", "nowhere.json"], "nowhere.json: no such file"),
     ],
     ids=" ".join,
