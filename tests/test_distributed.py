@@ -115,7 +115,7 @@ SEVERAL = """
 import json, os, sys, train
 for arguments in map(json.loads, sys.argv[1:]):
     try:
-        train.train(train.parse(arguments))
+        train.run(train.parse(arguments))
     except ValueError as error:
         print("ValueError:", error, file=sys.stderr, flush=True)
 os._exit(0)
