@@ -44,6 +44,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # while torch is imported; `main` sees what comes later
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: stopped\n"), os._exit(130)))
+
 # Both are read when memory is first allocated, so they are set before torch is imported. On a CPU
 # large tensors then lie in huge pages; on a GPU blocks of memory can grow, so that micro-batches of
 # ever new sizes leave no gaps behind.
@@ -130,7 +133,7 @@ class TrainConfig:
     compile: bool = flag("run", False, "compile the blocks with torch.compile, which takes minutes")
     log_every: int = flag("run", 1, "steps between rows of OUT/metrics.jsonl", least=1)
     eval_every: int = flag("run", 0, "steps between evaluations; 0: only before and after", least=0)
-    save_every: int = flag("run", 500, "steps between checkpoints; 0 writes none", least=0)
+    save_every: int = flag("run", 500, "steps between checkpoints, the last too; 0: none", least=0)
     keep: int = flag("run", 2, "number of checkpoints that are kept, the newest", least=1)
     resume: bool = flag("run", False, "continue the run in --out from its newest checkpoint")
     eval_only: bool = flag("run", False, "evaluate --model and print one JSON object")
@@ -1478,4 +1481,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
