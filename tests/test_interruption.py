@@ -226,8 +226,8 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     assert contents(tmp_path / "out") == before
 
 
-def test_a_run_without_its_last_steps_end_goes_on_to_itself(finished, moved, tmp_path, monkeypatch):
-    """Killed while the model was written. No step is computed again, as the clocks' numbers tell."""
+def test_a_run_that_lacks_its_model_alone_writes_it(finished, moved, tmp_path):
+    """Killed while it was written. No step is computed again, as the clocks' numbers tell."""
     (tmp_path / "out" / "finished").unlink()
     (tmp_path / "out" / "model" / "model.safetensors").unlink()
     assert run(moved) == finished[2]

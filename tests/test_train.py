@@ -372,12 +372,12 @@ GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
         (["--learning_rate=1"], "did you mean --lr (peak learning rate of AdamW)?"),
         (
             ["--beta", "1", "--bf16"],
-            "did you mean --lam (weight of L_OR; TRL calls it beta) and --dt",
+            "did you mean --lam (weight of L_OR; TRL calls it beta) and",
         ),
         (["--eval-every", "2"], "--eval-every needs evaluation data: add --eval-data or --eval-fr"),
         (
             ["--eval-data", "e", "--eval-fraction", "0.1"],
-            "--eval-fraction and --eval-data do not go",
+            "--eval-fraction and --eval-data do not",
         ),
         (["--lr"], "argument --lr: expected one argument"),
         (["--lam", "much"], "argument --lam: invalid float value: 'much'"),
