@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
@@ -41,6 +40,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ IO, OBJECTIVE, OPTIMIZER = "input and output", "objective", "optimizer"
 SFT_LOSS_HELP = "tokens under L_SFT: those of the chosen response, or of the prompt too"
 BATCH_SIZE_HELP = "pairs in a step, over all processes together"
 MICRO_BATCH_HELP = "tokens at a time in each process; the result does not depend on it"
-RECOMPUTE_HELP = "number of blocks that each process computes twice to save memory (alone: all)"
+RECOMPUTE_HELP = "blocks that each process computes twice, to save memory; without a number: all"
 LENGTH_HELP = "tokens of prompt and response; longer responses are cut"
 DTYPE_HELP = "dtype of matrix products (default: bfloat16 on cuda, float32 on cpu)"
 
@@ -927,7 +927,8 @@ def save_checkpoint(
     except OSError as error:
         if step < plan.n_steps:
             raise
-        print(f"train.py: {str(error).rpartition('; ')[0]}", file=sys.stderr)
+        if rank() == 0:
+            print(f"train.py: {str(error).rpartition('; ')[0]}", file=sys.stderr)
 
 
 def load_checkpoint(
@@ -1284,44 +1285,45 @@ COMMANDS = """commands:
   the evaluation of a finished run, as one JSON object:
     python train.py --config OUT/config.json --model OUT/model --eval-only"""
 
-# Flags of TRL, transformers and the authors' repository, and ours that do the same.
+# Flags of TRL, transformers and the authors' repository, by ours that do the same.
 ELSEWHERE = {
-    **{"model-name-or-path": "model", "model-name": "model", "dataset-name": "data"},
-    **{"train-file": "data", "eval-file": "eval-data", "validation-file": "eval-data"},
-    **{"output-dir": "out", "overwrite-output-dir": "out", "beta": "lam", "alpha": "lam"},
-    **{"lambda": "lam", "learning-rate": "lr", "lr-scheduler-type": "lr-schedule"},
-    **{"warmup-ratio": "warmup-steps", "max-grad-norm": "grad-clip", "num-epochs": "epochs"},
-    **{"num-train-epochs": "epochs", "per-device-train-batch-size": "batch-size"},
-    **{"train-batch-size": "batch-size", "per-device-eval-batch-size": "micro-batch-tokens"},
-    **{"gradient-accumulation-steps": "micro-batch-tokens", "max-seq-length": "max-length"},
-    **{"gradient-checkpointing": "activation-checkpointing", "fsdp": "shard", "bf16": "dtype"},
-    **{
-        "fp16": "dtype",
-        "torch-dtype": "dtype",
-        "torch-compile": "compile",
-        "use-peft": "lora-rank",
-    },
-    **{"use-peft": "lora-rank", "lora-r": "lora-rank", "logging-steps": "log-every"},
-    **{"eval-steps": "eval-every", "save-steps": "save-every", "eval-strategy": "eval-every"},
-    **{
-        "save-strategy": "save-every",
-        "save-total-limit": "keep",
-        "resume-from-checkpoint": "resume",
-        "do-eval": "eval-only",
-    },
+    "model": "model-name-or-path model-name",
+    "data": "dataset-name dataset train-file",
+    "eval-data": "eval-file validation-file",
+    "out": "output-dir overwrite-output-dir",
+    "lam": "beta alpha lambda",
+    "lr": "learning-rate",
+    "lr-schedule": "lr-scheduler-type",
+    "warmup-steps": "warmup-ratio num-warmup-steps",
+    "grad-clip": "max-grad-norm",
+    "epochs": "num-train-epochs num-epochs",
+    "batch-size": "per-device-train-batch-size train-batch-size",
+    "micro-batch-tokens": "gradient-accumulation-steps per-device-eval-batch-size",
+    "shard": "fsdp deepspeed",
+    "activation-checkpointing": "gradient-checkpointing",
+    "lora-rank": "lora-r use-peft",
+    "max-length": "max-seq-length",
+    "dtype": "bf16 fp16 torch-dtype",
+    "compile": "torch-compile",
+    "log-every": "logging-steps",
+    "eval-every": "eval-steps eval-strategy",
+    "save-every": "save-steps save-strategy",
+    "keep": "save-total-limit",
+    "resume": "resume-from-checkpoint",
+    "eval-only": "do-eval",
 }
 
 
 def did_you_mean(names: list[str]) -> str:
     """For flags that are unknown here: those of ours that are meant, with their help, or ""."""
     ours = {f.name.replace("_", "-"): f.metadata["help"] for f in dataclasses.fields(TrainConfig)}
-    found = {}
+    elsewhere = {theirs: name for name in ELSEWHERE for theirs in ELSEWHERE[name].split()}
+    meant = []
     for name in (name.strip("-").replace("_", "-") for name in names):
-        close = difflib.get_close_matches(name, ours, 1)
-        if name in ELSEWHERE or close:
-            flag = ELSEWHERE.get(name) or close[0]
-            found[flag] = f"--{flag} ({ours[flag]})"
-    return "; did you mean " + " and ".join(found.values()) + "?" if found else ""
+        close = get_close_matches(name, [*ours, *elsewhere], 1)
+        meant += [elsewhere.get(name, name) for name in ([name] if name in elsewhere else close)]
+    meant = [f"--{name} ({ours[name].split(' (')[0]})" for name in dict.fromkeys(meant)]
+    return f"; did you mean {' and '.join(meant)}?" if meant else ""
 
 
 class Parser(argparse.ArgumentParser):

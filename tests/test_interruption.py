@@ -37,6 +37,7 @@ DRIVER = """
 import os, pkgutil, signal, sys
 import torch.distributed.checkpoint, train
 target, n, number, times, *arguments = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as under nohup
 owner, _, name = target.rpartition(".")
 owner, left = pkgutil.resolve_name(owner), [int(n)]
 function = getattr(owner, name)
@@ -274,7 +275,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(
     arguments, tmp_path, capsys, nothing_loaded
 ):
     """Two files are all that is looked at."""
-    arguments += ["--lr-schedule", "constant", "--resume"]
+    arguments += ["--lr-schedule", "constant", "--max-length", "128", "--resume"]
     (tmp_path / "out").mkdir()
     settings = json.dumps(train.settings_of(train.parse(arguments)))
     (tmp_path / "out" / "config.json").write_text(settings)

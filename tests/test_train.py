@@ -433,7 +433,9 @@ def test_what_is_missing_is_asked_for():
 
 def test_the_flags_of_other_programs_lead_to_ours():
     ours = {f.name.replace("_", "-") for f in dataclasses.fields(train.TrainConfig)}
-    assert set(train.ELSEWHERE.values()) <= ours and not set(train.ELSEWHERE) & ours
+    theirs = " ".join(train.ELSEWHERE.values()).split()
+    assert set(train.ELSEWHERE) <= ours and not set(theirs) & ours
+    assert len(set(theirs)) == len(theirs)
 
 
 @pytest.mark.parametrize(
