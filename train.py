@@ -649,8 +649,8 @@ def make_plan(model, tokenizer, train_set: PairSet, eval_set: PairSet, config: T
     free = disk_free(Path(c.out))
     warning = "" if needed < free else ": NOT ENOUGH; lower --keep, or name another --out"
     print(
-        f"disk     {gigabytes(needed)} for the model and {n_checkpoints} checkpoints, of "
-        f"{gigabytes(free)} free{warning}"
+        f"disk     {gigabytes(needed)} for the model and {n_checkpoints} "
+        f"checkpoint{'s' * (n_checkpoints != 1)}, of {gigabytes(free)} free{warning}"
     )
     print("the first pair, as trained on:")
     print(data.show(pairs[0], tokenizer, colour=data.use_colour()), flush=True)
@@ -954,10 +954,10 @@ def load_checkpoint(
     frozen = state["frozen"].clone() if "frozen" in state else None
     folder = load_state(out, state, check)
     if folder is None:
-        print(f"--resume: no checkpoint yet in {out}: from the beginning")
+        print(f"--resume: {out} has no checkpoint yet, so the run starts from its beginning")
         return 0
     if frozen is not None and not torch.isclose(frozen, state["frozen"], rtol=1e-9):
-        raise ValueError(f"--resume: {config.model} is not the model that {folder} is of")
+        raise ValueError(f"--resume: {folder} was trained on another model than {config.model}")
     step = int(folder.name.removeprefix("step-"))
     if step > plan.n_steps:
         raise ValueError(f"--resume: {folder} is behind the last of {plan.n_steps} steps")
@@ -993,17 +993,23 @@ def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
 FINISHED = "finished"  # a file with the last step, written when all else is
 
 
+def settings_before(out: Path) -> tuple[dict, Path] | None:
+    """The settings of a run's newest checkpoint, or of its folder, and where they were found."""
+    begun = (out / FINISHED).exists() or holds_run(out)
+    for folder in (*checkpoints(out), *([out] if begun else [])):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((folder / "config.json").read_text(encoding="utf-8")), folder
+    return None
+
+
 def is_finished(out: Path, config: TrainConfig) -> bool:
     """Whether a run that is resumed has nothing left to do. Compares its flags, before anything is
     loaded. Raises ValueError."""
-    then = None
-    for folder in (*checkpoints(out), out):
-        with contextlib.suppress(OSError, ValueError):
-            then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            break
-    if then is None:
+    found = settings_before(out)
+    if found is None:
         return False
-    refuse_other_settings(config, then, folder)
+    then, where = found
+    refuse_other_settings(config, then, where)
     restorable = bool(checkpoints(out))
     if not (out / FINISHED).exists() or (restorable and not (out / "model").is_dir()):
         return False
@@ -1234,7 +1240,7 @@ def rows_not_finite(model: Transformer, pairs: list[Pair], step: int, config: Tr
     if not found:
         found = ["the sum over its rows, each of which is finite alone"]
     where = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-    return f"step {step}: not finite: {where}; nothing was updated or saved"
+    return f"step {step}: loss or gradient not finite at {where}; nothing was updated or saved"
 
 
 def print_changes(out: Path, n_steps: int):

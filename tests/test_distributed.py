@@ -189,7 +189,7 @@ def test_a_sharded_model_is_saved_as_it_was_loaded(tmp_path):
 
 def test_what_is_not_finite_is_found_by_every_process(folder, two_processes):
     out, _, errors = two_processes
-    assert errors.count(f"step 1: not finite: {folder / 'train.jsonl'}:") == 2
+    assert errors.count(f"step 1: loss or gradient not finite at {folder / 'train.jsonl'}:") == 2
     assert errors.count("(its gradient)") == 6 and not (out / "not-finite" / "model").exists()
 
 

@@ -275,7 +275,15 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(
     arguments, tmp_path, capsys, nothing_loaded
 ):
     """Two files are all that is looked at."""
-    arguments += ["--lr-schedule", "constant", "--max-length", "128", "--resume"]
+    arguments += [
+        "--lr-schedule",
+        "constant",
+        "--max-length",
+        "128",
+        "--dtype",
+        "float32",
+        "--resume",
+    ]
     (tmp_path / "out").mkdir()
     settings = json.dumps(train.settings_of(train.parse(arguments)))
     (tmp_path / "out" / "config.json").write_text(settings)
@@ -468,7 +476,10 @@ def test_what_is_not_finite_stops_the_run_with_step_row_and_term(poisoned, tmp_p
     for log_every in ("1", "50"):
         out = tmp_path / log_every
         message = fails(capsys, [*arguments, "--log-every", log_every, "--out", str(out)])
-        assert f"step {bad}: not finite: {file}:7 (L_SFT and L_OR); nothing was" in message
+        assert (
+            f"step {bad}: loss or gradient not finite at {file}:7 (L_SFT and L_OR); nothing was"
+            in message
+        )
         written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         logged = range(1, bad) if log_every == "1" else []
         assert [row["step"] for row in steps(written)] == list(logged)
@@ -480,7 +491,9 @@ def test_what_is_not_finite_stops_the_run_with_step_row_and_term(poisoned, tmp_p
 def test_the_term_that_is_not_finite_is_named(arguments, capsys, lam, term):
     """The first is beyond float32, of the second only the squares that a norm sums."""
     message = fails(capsys, [*arguments, "--lam", lam])
-    assert "step 1: not finite: " in message and message.count(term) == 3, message
+    assert "step 1: loss or gradient not finite at " in message and message.count(term) == 3, (
+        message
+    )
 
 
 def test_no_update_is_made_from_a_gradient_that_is_not_finite_nor_after_it():

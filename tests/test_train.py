@@ -495,7 +495,8 @@ def test_the_files_of_a_run_are_as_large_as_the_plan_says(whole):
     needed, n_checkpoints = train.disk_needed(model, 12, train.TrainConfig())
     files = [*whole.out.glob("model/*.safetensors"), *whole.out.glob("checkpoints/*/*.distcp")]
     assert n_checkpoints == 1
-    assert sum(file.stat().st_size for file in files) == pytest.approx(needed, rel=0.1)
+    # Each tensor of a checkpoint has a header, which counts where tensors are tiny.
+    assert sum(file.stat().st_size for file in files) == pytest.approx(needed, rel=0.15)
 
 
 @pytest.mark.parametrize(
