@@ -45,7 +45,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":  # while torch is imported; `main` sees what comes later
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: stopped\n"), os._exit(130)))
+    signal.signal(
+        signal.SIGINT, lambda *_: (os.write(2, b"train.py: stopped by Ctrl-C\n"), os._exit(130))
+    )
 
 # Both are read when memory is first allocated, so they are set before torch is imported. On a CPU
 # large tensors then lie in huge pages; on a GPU blocks of memory can grow, so that micro-batches of

@@ -181,7 +181,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
         f"import runpy; runpy.run_path({train.__file__!r}, run_name='__main__')",
     ]
     stopped = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert (stopped.returncode, stopped.stderr) == (130, "train.py: stopped\n")
+    assert (stopped.returncode, stopped.stderr) == (130, "train.py: stopped by Ctrl-C\n")
 
 
 def truncate(file: Path):
