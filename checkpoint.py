@@ -18,6 +18,7 @@ the model. Nothing in this file is needed to understand ORPO.
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import mmap
@@ -485,12 +486,26 @@ def write_safetensors(path, tensors: dict[str, Tensor], dtype: torch.dtype | Non
         header[name]["data_offsets"] = [begin, offset]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that every tensor starts aligned
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
+    with whole_file(path) as temporary, open(temporary, "wb") as f:
         f.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             f.write(_raw_bytes(full_tensor(tensor.detach()).to("cpu", dtype)))
-    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary file's path, which becomes `path` when it is written, and else is removed.
+
+    Raises OSError that names `path`.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: not written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
@@ -606,6 +621,35 @@ def barrier():
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, the newest first."""
     return sorted((out / "checkpoints").glob("step-*"), reverse=True)
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Makes the folder; within it no other process can have it, on this machine or, where the file
+    system can tell, on another. The lock is the kernel's: it ends with the process, however that
+    ends. What was made for it alone is removed again. Raises ValueError."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOCK, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(f.fileno()).st_nlink == 0  # its owner has just removed it
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks
+            taken = False
+        if taken:
+            raise ValueError(f"--out {out}: another process is running in this folder")
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            for folder in made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
 
 def save_state(

@@ -24,6 +24,7 @@ Look at your own data before training on it:  python data.py FILE --model DIR
 import argparse
 import codecs
 import functools
+import hashlib
 import json
 import os
 import re
@@ -338,6 +339,17 @@ def hold_out(rows: list[Preference], fraction: float, seed: int):
     for row in rows:
         (test if json.dumps(row.prompt) in held_out else train).append(row)
     return train, test
+
+
+def digest(pairs: list[Pair]) -> str:
+    """The number of pairs, and a hash of their lengths and token ids, by which a run that goes on
+    knows them again."""
+    sha256 = hashlib.sha256()
+    for pair in pairs:
+        sha256.update(np.array(pair.lengths, np.int32).tobytes())
+        for ids in pair[:3]:
+            sha256.update(np.asarray(ids, np.int32).tobytes())
+    return f"{len(pairs)} pairs, {sha256.hexdigest()[:16]}"
 
 
 def describe(dropped: Counter) -> str:

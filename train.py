@@ -32,6 +32,7 @@ import functools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -39,8 +40,14 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # while torch is imported; `main` sees what comes later
+    signal.signal(
+        signal.SIGINT, lambda *_: (os.write(2, b"train.py: stopped by Ctrl-C\n"), os._exit(130))
+    )
 
 # Both are read when memory is first allocated, so they are set before torch is imported. On a CPU
 # large tensors then lie in huge pages; on a GPU blocks of memory can grow, so that micro-batches of
@@ -56,7 +63,17 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from checkpoint import barrier, full_tensor, load_state, rank, save_state
+from checkpoint import (
+    LOCK,
+    barrier,
+    checkpoints,
+    full_tensor,
+    load_state,
+    locked,
+    rank,
+    save_state,
+    whole_file,
+)
 from data import Batch, Pair, PairSet
 from model import ModelConfig, Segments, Transformer, to_device
 from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
@@ -65,60 +82,66 @@ from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
 # Settings. A field is a flag; a JSON config holds the same names.
 
 
-def flag(group: str, default, help: str, choices=None, least=None, below=math.inf, bare=None):
-    """A field of TrainConfig. bare: its value where the flag is given without one."""
-    limits = {"choices": choices, "least": least, "below": below, "bare": bare}
-    return dataclasses.field(default=default, metadata={"group": group, "help": help} | limits)
+def flag(group: str, default, help: str, choices=None, least=None, below=math.inf, **more):
+    """A field of TrainConfig. bare=: its value where the flag is given without one. trl=: the
+    default of TRL's ORPOTrainer, for --help, where another one matters."""
+    limits = {"choices": choices, "least": least, "below": below, "bare": None, "trl": None}
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": help} | limits | more
+    )
 
 
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+PATHS = ("model", "data", "eval_data", "chat_template", "out")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 IO, OBJECTIVE, OPTIMIZER = "input and output", "objective", "optimizer"
+SFT_LOSS_HELP = "tokens under L_SFT: those of the chosen response, or of the prompt too"
+BATCH_SIZE_HELP = "pairs in a step, over all processes together"
+MICRO_BATCH_HELP = "tokens at a time in each process; the result does not depend on it"
+RECOMPUTE_HELP = "blocks that each process computes twice, to save memory; without a number: all"
+LENGTH_HELP = "tokens of prompt and response; longer responses are cut"
+EVAL_EVERY_HELP = "steps between evaluations, for OUT/best too; 0: only before and after"
+DTYPE_HELP = "dtype of matrix products (default: bfloat16 on cuda, float32 on cpu)"
 
 
 @dataclass
 class TrainConfig:
-    model: str = flag(IO, None, "folder of a Hugging Face checkpoint")
-    data: str = flag(IO, None, "preference pairs, JSON Lines")
-    eval_data: str = flag(IO, None, "held-out pairs")
-    eval_fraction: float = flag(IO, 0.0, "of --data's prompts held out instead", least=0, below=1)
-    chat_template: str = flag(IO, None, "jinja file instead of the model's own")
-    out: str = flag(IO, None, "folder for metrics, checkpoints and the model")
-    lam: float = flag(OBJECTIVE, 0.1, "weight of L_OR (TRL's beta)", least=0)
-    sft_loss: str = flag(OBJECTIVE, "response", "tokens under L_SFT", ("response", "full"))
-    lr: float = flag(OPTIMIZER, 8e-6, "peak learning rate of AdamW", least=0)
-    lr_schedule: str = flag(OPTIMIZER, "cosine", "after warm-up", SCHEDULES)
-    warmup_steps: int = flag(OPTIMIZER, 10, "linear warm-up", least=0)
-    weight_decay: float = flag(OPTIMIZER, 0.0, "of matrices", least=0)
-    grad_clip: float = flag(OPTIMIZER, 1.0, "largest gradient norm; 0: off", least=0)
-    adam_beta1: float = flag(OPTIMIZER, 0.9, "", least=0, below=1)
-    adam_beta2: float = flag(OPTIMIZER, 0.999, "", least=0, below=1)
-    epochs: int = flag("length", 1, "passes over the pairs", least=1)
-    max_steps: int = flag("length", None, "updates; decides alone where given", least=1)
-    batch_size: int = flag("length", 32, "pairs a step, over all processes", least=1)
-    micro_batch_tokens: int = flag("memory", 8192, "packed tokens at a time, a process", least=1)
-    shard: bool = flag("memory", False, "of all weights each process keeps a part (FSDP2)")
-    activation_checkpointing: int = flag(
-        "memory",
-        False,
-        "so many blocks are computed twice, not kept; alone: all",
-        least=0,
-        bare=True,
-    )
-    lora_rank: int = flag("memory", 0, "train adapters on a frozen model; 0: train it all", least=0)
-    lora_alpha: float = flag("memory", 16.0, "adapters count alpha / rank", least=1e-3)
+    model: str = flag(IO, None, "folder of the Hugging Face checkpoint to train or evaluate")
+    data: str = flag(IO, None, "file of preference pairs to train on (JSON Lines)")
+    eval_data: str = flag(IO, None, "file of held-out pairs for evaluation")
+    eval_fraction: float = flag(IO, 0.0, "share of --data's prompts to hold out", least=0, below=1)
+    chat_template: str = flag(IO, None, "Jinja file to use instead of the model's chat template")
+    out: str = flag(IO, None, "folder for the metrics, the checkpoints and the trained model")
+    lam: float = flag(OBJECTIVE, 0.1, "weight of L_OR; TRL calls it beta", least=0)
+    sft_loss: str = flag(OBJECTIVE, "response", SFT_LOSS_HELP, ("response", "full"), trl="full")
+    lr: float = flag(OPTIMIZER, 8e-6, "peak learning rate of AdamW", least=0, trl=1e-6)
+    lr_schedule: str = flag(OPTIMIZER, "cosine", "shape after the warm-up", SCHEDULES, trl="linear")
+    warmup_steps: int = flag(OPTIMIZER, 10, "steps up to the peak learning rate", least=0, trl=0)
+    weight_decay: float = flag(OPTIMIZER, 0.0, "decay of matrices, not of other weights", least=0)
+    grad_clip: float = flag(OPTIMIZER, 1.0, "largest gradient norm; 0 disables clipping", least=0)
+    adam_beta1: float = flag(OPTIMIZER, 0.9, "decay of the first moment", least=0, below=1)
+    adam_beta2: float = flag(OPTIMIZER, 0.999, "decay of the second moment", least=0, below=1)
+    epochs: int = flag("length", 1, "passes over the training pairs", least=1, trl=3)
+    max_steps: int = flag("length", None, "number of updates; replaces --epochs", least=1)
+    batch_size: int = flag("length", 32, BATCH_SIZE_HELP, least=1, trl="8 in each process")
+    micro_batch_tokens: int = flag("memory", 8192, MICRO_BATCH_HELP, least=1)
+    shard: bool = flag("memory", False, "divide weights and optimizer state over all processes")
+    activation_checkpointing: int = flag("memory", False, RECOMPUTE_HELP, least=0, bare=True)
+    lora_rank: int = flag("memory", 0, "rank of LoRA adapters; 0 trains the whole model", least=0)
+    lora_alpha: float = flag("memory", 16.0, "adapters are scaled by alpha / rank", least=1e-3)
     lora_adapters: bool = flag("memory", False, "also write OUT/adapters, which peft loads")
-    max_length: int = flag("memory", 2048, "tokens of prompt + response", least=2)
-    max_prompt_length: int = flag("memory", 1792, "longer prompts are dropped", least=1)
-    seed: int = flag("run", 42, "of order and sampling", least=0, below=2**63)
-    device: str = flag("run", None, "cpu, cuda, cuda:1 (default: cuda if there is one)")
-    dtype: str = flag("run", None, "default: bfloat16 on cuda", ("float32", "bfloat16"))
-    compile: bool = flag("run", False, "torch.compile the blocks: minutes at first, then faster")
-    log_every: int = flag("run", 1, "steps between rows of metrics", least=1)
-    eval_every: int = flag("run", 0, "steps, for OUT/best too; 0: first and last only", least=0)
-    save_every: int = flag("run", 500, "steps between checkpoints; 0: none", least=0)
-    keep: int = flag("run", 2, "newest checkpoints that stay", least=1)
-    resume: bool = flag("run", False, "from the newest checkpoint in --out")
-    eval_only: bool = flag("run", False, "evaluate --model on --eval-data")
+    max_length: int = flag("memory", 2048, LENGTH_HELP, least=2, trl=1024)
+    max_prompt_length: int = flag("memory", 1792, "pairs with longer prompts are dropped", least=1)
+    seed: int = flag("run", 42, "seed of the order of pairs and of sampling", least=0, below=2**63)
+    device: str = flag("run", None, "cpu, cuda or cuda:N (default: cuda if there is one)")
+    dtype: str = flag("run", None, DTYPE_HELP, ("float32", "bfloat16"))
+    compile: bool = flag("run", False, "compile the blocks with torch.compile, which takes minutes")
+    log_every: int = flag("run", 1, "steps between rows of OUT/metrics.jsonl", least=1)
+    eval_every: int = flag("run", 0, EVAL_EVERY_HELP, least=0)
+    save_every: int = flag("run", 500, "steps between checkpoints, the last too; 0: none", least=0)
+    keep: int = flag("run", 2, "number of checkpoints that are kept, the newest", least=1)
+    resume: bool = flag("run", False, "continue the run in --out from its newest checkpoint")
+    eval_only: bool = flag("run", False, "evaluate --model and print one JSON object")
     dry_run: bool = flag("run", False, "print the plan, try the largest micro-batch, and stop")
 
     def check(self, source: str = ""):
@@ -130,10 +153,10 @@ class TrainConfig:
             wanted = (int, float) if f.type is float else f.type
             a_flag = f.type is bool or f.metadata["bare"] is not None  # may be true or false
             if not isinstance(value, wanted) or (isinstance(value, bool) and not a_flag):
-                raise ValueError(f"{name} must be {f.type.__name__}, not {value!r}")
+                raise ValueError(f"{name} must be {KINDS[f.type]}, not {value!r}")
             choices, least, below = (f.metadata[key] for key in ("choices", "least", "below"))
             if choices and value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
             if least is not None and not least <= value < below:
                 limit = f" and below {below}" if below < math.inf else ""
                 raise ValueError(f"{name} must be at least {least}{limit}, not {value}")
@@ -315,26 +338,20 @@ def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dic
     return shares
 
 
+def evaluation(model: Transformer, tokenizer, pairs: list[Pair], step: int, config: TrainConfig):
+    """The row of an evaluation after `step` updates."""
+    row = {"step": step} | evaluate(model, pairs, config)
+    return row | accepted(model, tokenizer, pairs, config.seed + step)
+
+
 # ---------------------------------------------------------------------------------------------
 # A run.
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, out: Path | None) -> int:
     """One run, from the plan that is printed to the model that is saved; its exit status."""
-    pick_device(config)
-    out = claim_folder(config)
     model, tokenizer, train_set, eval_set = load_inputs(config)
     pairs, eval_pairs = train_set.pairs, eval_set.pairs
-
-    def evaluation(step: int) -> dict[str, float]:
-        row = {"step": step} | evaluate(model, eval_pairs, config)
-        return row | accepted(model, tokenizer, eval_pairs, config.seed + step)
-
-    if config.eval_only:
-        row = evaluation(0)
-        write_row(out, row)
-        print(json.dumps(row))
-        return 0
 
     plan = make_plan(model, tokenizer, train_set, eval_set, config)
     n_steps, optimizer = plan.n_steps, make_optimizer(model, config)
@@ -343,7 +360,7 @@ def train(config: TrainConfig) -> int:
         return 0
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     before = answers(model, tokenizer, shown, 64)
-    start = load_checkpoint(out, model, optimizer, config) if config.resume else 0
+    start = load_checkpoint(out, model, optimizer, plan, config) if config.resume else 0
     begin_folder(out, start, config)
     log = Log(out, model, start, plan, config)
 
@@ -353,17 +370,17 @@ def train(config: TrainConfig) -> int:
             # Once in a while, with the clock stopped: evaluate, save, stop.
             here_before = start > 0 and step == start  # so many steps that a checkpoint was saved
             evaluates = eval_pairs and (step in (0, n_steps) or due(step, config.eval_every))
-            saves = step > 0 and due(step, config.save_every)
+            saves = config.save_every and (step == n_steps or due(step, config.save_every))
             stop = max_over_processes(stopped[-1] if stopped else 0)
             if not here_before and (evaluates or saves or stop):
                 with log.paused():
                     check_updates(optimizer, model, step)
                     if evaluates:
-                        row = evaluation(step)
+                        row = evaluation(model, tokenizer, eval_pairs, step, config)
                         log.evaluation(row)
                         save_best(row, model, tokenizer, pairs, config, out)
                     if step > 0 and (saves or stop):
-                        save_checkpoint(out, step, model, optimizer, tokenizer, pairs, config)
+                        save_checkpoint(out, step, model, optimizer, tokenizer, pairs, plan, config)
             if step == n_steps:
                 break
             if stop:
@@ -384,9 +401,7 @@ def train(config: TrainConfig) -> int:
             )
         log.close()
 
-    save_model(model, tokenizer, pairs, config, out / "model")
-    if config.lora_adapters:
-        save_adapters(model, config, out / "adapters")
+    finish(model, tokenizer, pairs, n_steps, config, out)
     print_changes(out, n_steps)
     after = answers(model, tokenizer, shown, 64)
     for prompt, *texts in zip(shown, before, after, strict=True):
@@ -537,13 +552,14 @@ def load_inputs(config: TrainConfig):
             f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
             f"the embedding only {model.config.vocab_size} rows"
         )
-    config.max_length = min(config.max_length, model.config.max_seq_len)
-    train_rows = [] if config.eval_only else data.load_preferences(config.data)
+    trains = not config.eval_only
+    train_rows = data.load_preferences(config.data) if trains or not config.eval_data else []
     eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
-    if config.eval_fraction and not config.eval_data:
+    if config.eval_fraction:
         train_rows, eval_rows = data.hold_out(train_rows, config.eval_fraction, config.seed)
         if not train_rows:
             raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
+    train_rows = train_rows if trains else []
     return model, tokenizer, *(encode(rows, tokenizer, config) for rows in (train_rows, eval_rows))
 
 
@@ -579,6 +595,7 @@ class Plan(NamedTuple):
     steps_an_epoch: int
     largest: list[Pair]  # the micro-batch of most tokens
     several: bool  # some step has several micro-batches in a process
+    digests: dict[str, str]  # of the pairs of --data and --eval-data
 
 
 def make_plan(model, tokenizer, train_set: PairSet, eval_set: PairSet, config: TrainConfig) -> Plan:
@@ -628,16 +645,19 @@ def make_plan(model, tokenizer, train_set: PairSet, eval_set: PairSet, config: T
     print(
         f"memory   {state}{each} for weights, gradients and Adam's moments; the rest is tried next"
     )
-    place = existing_parent(Path(c.out or "."))
-    needed, free = disk_needed(model, c), shutil.disk_usage(place).free
+    needed, n_checkpoints = disk_needed(model, n_steps, c)
+    free = disk_free(Path(c.out or "."))
     warning = "" if needed < free else ": NOT ENOUGH; lower --keep, or name another --out"
     print(
         f"disk     {gigabytes(needed)} for the model{', the best one' if c.eval_every else ''} and "
-        f"{c.keep + 1 if c.save_every else 0} checkpoints, of {gigabytes(free)} free{warning}"
+        f"{n_checkpoints} checkpoint{'' if n_checkpoints == 1 else 's'}, "
+        f"of {gigabytes(free)} free{warning}"
     )
     print("the first pair, as trained on:")
     print(data.show(pairs[0], tokenizer, colour=data.use_colour()), flush=True)
-    return Plan(n_steps, an_epoch, largest, several)
+    sets = (("data", train_set), ("eval_data", eval_set))
+    digests = {name: data.digest(pair_set.pairs) for name, pair_set in sets}
+    return Plan(n_steps, an_epoch, largest, several, digests)
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:
@@ -657,14 +677,26 @@ def fixed_memory(trained: int, n_parameters: int, config: TrainConfig) -> int:
     return 16 * n_parameters // (world_size() if config.shard else 1)
 
 
-def disk_needed(model: Transformer, config: TrainConfig) -> int:
-    """Bytes of OUT/model, OUT/best and OUT/adapters, and of the checkpoints, one more than stay, as
-    a new one comes first. (So it does with OUT/best, but before there is OUT/model.)"""
+def disk_needed(model: Transformer, n_steps: int, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of OUT/model, OUT/best, OUT/adapters and the checkpoints at the most, and how many
+    checkpoints these are: one more than --keep, as an old one goes when a new one is complete, or
+    all of a short run. (So it is with OUT/best, but before there is OUT/model.)"""
     trained, n_parameters = count_parameters(model)
     stored = n_parameters * getattr(torch, model.config.dtype).itemsize
     needed = stored * (2 if config.eval_every else 1)
     needed += 4 * trained if config.lora_adapters else 0
-    return needed + (12 * trained * (config.keep + 1) if config.save_every else 0)
+    written = math.ceil(n_steps / config.save_every) if config.save_every else 0
+    n_checkpoints = min(config.keep + 1, written)
+    return needed + 12 * trained * n_checkpoints, n_checkpoints
+
+
+def disk_free(out: Path) -> int:
+    """Bytes that a run may fill: those that are free, and those that its folder, which is resumed
+    or replaced, has already."""
+    names = ("checkpoints", "model", "best", "adapters")
+    files = (file for name in names for file in (out / name).rglob("*"))
+    own = sum(file.stat().st_size for file in files if file.is_file())
+    return own + shutil.disk_usage(existing_parent(out)).free
 
 
 def existing_parent(path: Path) -> Path:
@@ -797,25 +829,29 @@ def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
 # The folder of a run: its settings, its rows, its checkpoints, its model.
 
 
-def claim_folder(config: TrainConfig) -> Path | None:
-    """--out as a path, checked: no file, and no other run's folder. Raises ValueError."""
-    if config.out is None:  # --eval-only, --dry-run
-        return None
+@contextlib.contextmanager
+def claim_folder(config: TrainConfig):
+    """--out as a path, for this run alone: no file, no other run's folder, no other process in it.
+
+    Raises ValueError.
+    """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; a folder is needed")
+        raise ValueError(f"--out {out}: this is a file; a folder is needed")
     above = existing_parent(out)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out {out}: cannot be made, as {above} is not a folder to write to")
     for name in ("model", "best"):
-        if (out / name).resolve() == Path(config.model).resolve() and not config.eval_only:
+        if (out / name).resolve() == Path(config.model).resolve():
             raise ValueError(f"--out {out}: its {name}/ would replace --model; name another folder")
-    holds_run = any("loss" in row for row in read_rows(out))
-    if config.eval_only and holds_run:
-        return None  # printed only: that run's rows stay as they are
-    if holds_run and not config.resume and not is_builtin(config):
-        raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
-    return out
+    with locked(out) if rank() == 0 else contextlib.nullcontext():
+        if holds_run(out) and not config.resume and not is_builtin(config):
+            raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
+        yield out
+
+
+def holds_run(out: Path) -> bool:
+    return any("loss" in row for row in read_rows(out))
 
 
 def is_builtin(config: TrainConfig) -> bool:
@@ -831,28 +867,42 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
     if rank() > 0:
         return
     if start == 0 and is_builtin(config) and not config.resume:
-        shutil.rmtree(out, ignore_errors=True)
+        for old in out.iterdir():
+            if old.name != LOCK:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     for name in ("model", "best", "adapters"):
         checkpoint.tidy(out / name)
     if start == 0 and read_best(out):  # of an evaluation whose row is cut
         shutil.rmtree(out / "best")
     kept = [row for row in read_rows(out) if row["step"] <= start and start > 0]
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "metrics.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, out / "metrics.jsonl")
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "out")}
-    for name in ("model", "data", "eval_data", "chat_template"):
-        settings[name] = settings[name] and str(Path(settings[name]).resolve())
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (out / FINISHED).unlink(missing_ok=True)
+    rows = "".join(json.dumps(row) + "\n" for row in kept)
+    settings = json.dumps(settings_of(config), indent=2) + "\n"
+    for name, text in (("metrics.jsonl", rows), ("config.json", settings)):
+        with whole_file(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def settings_of(config: TrainConfig) -> dict:
+    """The flags as --config takes them from any folder, less --out and --resume."""
+    settings = dataclasses.asdict(config) | {
+        name: str(Path(path).resolve()) for name in PATHS if (path := getattr(config, name))
+    }
+    return {name: value for name, value in settings.items() if name not in ("out", "resume")}
 
 
 def write_row(out: Path | None, row: dict):
-    """One JSON object a line, flushed at once."""
+    """One JSON object a line, flushed at once. Raises OSError."""
     if out is not None and rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        file = out / "metrics.jsonl"
+        try:
+            with open(file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{file}: not written: {error.strerror}; fix this, then continue with --resume"
+            ) from None
 
 
 def read_rows(out: Path) -> list[dict]:
@@ -881,36 +931,118 @@ def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_checkpoint(out: Path, step: int, model, optimizer, tokenizer, pairs, config: TrainConfig):
+def save_checkpoint(
+    out: Path, step: int, model, optimizer, tokenizer, pairs, plan: Plan, config: TrainConfig
+):
+    """Raises OSError, but behind the last step it only says what is wrong: the model, which is
+    smaller than a checkpoint, may still fit the disk."""
+
     def write_more(folder: Path):  # what checkpoint.py needs to make a model folder of it
         shapes = {name: p.shape for name, p in model.named_parameters()}
         checkpoint.describe_weights(folder, shapes, config.model)
         (folder / "model").mkdir()
         write_model_files(folder / "model", model, tokenizer, pairs, config)
 
-    settings, state = dataclasses.asdict(config), training_state(model, optimizer)
-    save_state(out, step, state, settings, config.keep, write_more)
+    settings = settings_of(config) | {"pairs": plan.digests}
+    try:
+        save_state(out, step, training_state(model, optimizer), settings, config.keep, write_more)
+    except OSError as error:
+        if step < plan.n_steps:
+            raise
+        if rank() == 0:
+            print(f"train.py: {str(error).rpartition('; ')[0]}", file=sys.stderr)
 
 
-def load_checkpoint(out: Path, model: Transformer, optimizer, config: TrainConfig) -> int:
-    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet."""
+def load_checkpoint(
+    out: Path, model: Transformer, optimizer, plan: Plan, config: TrainConfig
+) -> int:
+    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet.
+
+    Raises ValueError where it is of other flags, other pairs, another model, or a later step.
+    """
+
+    def check(settings: dict, folder: Path):
+        refuse_other_settings(config, settings, folder)
+        for name, digest in plan.digests.items():
+            if digest != settings.get("pairs", plan.digests)[name]:
+                file = getattr(config, name) or config.data
+                then, now = settings["pairs"][name], digest
+                raise ValueError(
+                    f"--resume: {file} does not give the pairs that {folder} was trained with "
+                    f"({then}; now {now}); restore the file and the tokenizer, or start a new run"
+                )
+
     state = training_state(model, optimizer)
     frozen = state["frozen"].clone() if "frozen" in state else None
-    folder = load_state(out, state, functools.partial(refuse_other_settings, config))
+    folder = load_state(out, state, check)
     if folder is None:
-        print(f"--resume: no checkpoint yet in {out}: from the beginning")
+        print(f"--resume: {out} has no checkpoint yet, so the run starts from its beginning")
         return 0
     if frozen is not None and not torch.isclose(frozen, state["frozen"], rtol=1e-9):
-        raise ValueError(f"--resume: {config.model} is not the model that {folder} is of")
-    return int(folder.name.removeprefix("step-"))
+        raise ValueError(f"--resume: {folder} was trained on another model than {config.model}")
+    step = int(folder.name.removeprefix("step-"))
+    if step > plan.n_steps:
+        raise ValueError(f"--resume: {folder} is behind the last of {plan.n_steps} steps")
+    return step
 
 
-def refuse_other_settings(config: TrainConfig, then: dict, folder: Path):
-    free = ("resume", "eval_only", "device", "out", "keep", "shard", "micro_batch_tokens")
-    free += ("activation_checkpointing", "compile", "log_every", "save_every", "lora_adapters")
-    for name, now in dataclasses.asdict(config).items():
-        if name not in free and now != then.get(name, getattr(TrainConfig, name)):
-            raise ValueError(f"--resume: {name} was {then.get(name)!r} in {folder}, now {now!r}")
+FREE_ON_RESUME = (
+    *("eval_only", "device", "keep", "shard", "micro_batch_tokens", "activation_checkpointing"),
+    *("compile", "log_every", "eval_every", "save_every", "lora_adapters"),
+)
+LENGTHS = ("epochs", "max_steps")
+ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
+
+
+def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
+    """Raises ValueError with the first flag that is not what it was, and may not change."""
+    endless = config.lr_schedule in ENDLESS
+    for name, now in settings_of(config).items():
+        before = then.get(name, getattr(TrainConfig, name))
+        if name in PATHS and before:
+            before = str(Path(before).resolve())
+        if now == before or name in FREE_ON_RESUME or (name in LENGTHS and endless):
+            continue
+        advice = ""
+        if name in LENGTHS:
+            advice = (
+                f"; the {config.lr_schedule} schedule ends with its last step, so train longer by "
+                "a new run with this run's model folder as --model"
+            )
+        raise ValueError(f"--resume: {name} was {before!r} in {where}, now {now!r}{advice}")
+
+
+FINISHED = "finished"  # a file with the last step, written when all else is
+
+
+def settings_before(out: Path) -> tuple[dict, Path] | None:
+    """The settings of a run's newest checkpoint, or of its folder, and where they were found."""
+    begun = (out / FINISHED).exists() or holds_run(out)
+    for folder in (*checkpoints(out), *([out] if begun else [])):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((folder / "config.json").read_text(encoding="utf-8")), folder
+    return None
+
+
+def is_finished(out: Path, config: TrainConfig) -> bool:
+    """Whether a run that is resumed has nothing left to do. Compares its flags, before anything is
+    loaded. Raises ValueError."""
+    found = settings_before(out)
+    if found is None:
+        return False
+    then, where = found
+    refuse_other_settings(config, then, where)
+    restorable = bool(checkpoints(out))
+    if not (out / FINISHED).exists() or (restorable and not (out / "model").is_dir()):
+        return False
+    if any(getattr(config, name) != then.get(name) for name in LENGTHS):
+        if not restorable:
+            raise ValueError(
+                f"--resume: {out} is finished and has no checkpoint; train longer by a new run "
+                f"with --model {out / 'model'}"
+            )
+        return False
+    return True
 
 
 TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
@@ -932,6 +1064,24 @@ def write_model_files(folder: Path, model: Transformer, tokenizer, pairs, config
     if not (folder / "generation_config.json").exists():  # where to stop
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def finish(
+    model: Transformer, tokenizer, pairs: list[Pair], n_steps: int, config: TrainConfig, out: Path
+):
+    """Writes OUT/model, OUT/adapters, and then that the run is finished. Raises OSError."""
+    try:
+        save_model(model, tokenizer, pairs, config, out / "model")
+        if config.lora_adapters:
+            save_adapters(model, config, out / "adapters")
+        if rank() == 0:
+            (out / FINISHED).write_text(f"{n_steps}\n", encoding="utf-8")
+    except OSError as error:
+        what = str(error) if str(out) in str(error) else f"{out / 'model'}: {error}"
+        last = next((folder.name for folder in checkpoints(out)), "none")
+        raise OSError(
+            f"{what}; the last good checkpoint is {last}; make space, then continue with --resume"
+        ) from None
 
 
 def save_model(model, tokenizer, pairs, config: TrainConfig, folder: Path, row: dict | None = None):
@@ -1163,7 +1313,7 @@ def rows_not_finite(model: Transformer, pairs: list[Pair], step: int, config: Tr
     if not found:
         found = ["the sum over its rows, each of which is finite alone"]
     where = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-    return f"step {step}: not finite: {where}; nothing was updated or saved"
+    return f"step {step}: loss or gradient not finite at {where}; nothing was updated or saved"
 
 
 def print_changes(out: Path, n_steps: int):
@@ -1201,34 +1351,101 @@ BUILTIN = Path(__file__).parent / "examples" / "facts" / "train.json"
 BUILTIN_OUT = Path("out") / "builtin"
 
 
+COMMANDS = """commands:
+  one GPU, or the CPU:
+    python train.py --model DIR --data FILE --eval-data FILE --out OUT
+  the same run again after an interruption, on any number of GPUs:
+    python train.py ... --resume
+  the eight GPUs of one machine, each of which keeps an eighth of the model:
+    torchrun --nproc-per-node 8 train.py ... --shard
+  two machines of eight GPUs that share a file system; on both, HOST being the name of the first:
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+      train.py ... --shard
+  the evaluation of a finished run, as one JSON object:
+    python train.py --config OUT/config.json --model OUT/model --eval-only"""
+
+# Flags of TRL, transformers and the authors' repository, by ours that do the same.
+ELSEWHERE = {
+    "model": "model-name-or-path model-name",
+    "data": "dataset-name dataset train-file",
+    "eval-data": "eval-file validation-file",
+    "out": "output-dir overwrite-output-dir",
+    "lam": "beta alpha lambda",
+    "lr": "learning-rate",
+    "lr-schedule": "lr-scheduler-type",
+    "warmup-steps": "warmup-ratio num-warmup-steps",
+    "grad-clip": "max-grad-norm",
+    "epochs": "num-train-epochs num-epochs",
+    "batch-size": "per-device-train-batch-size train-batch-size",
+    "micro-batch-tokens": "gradient-accumulation-steps per-device-eval-batch-size",
+    "shard": "fsdp deepspeed",
+    "activation-checkpointing": "gradient-checkpointing",
+    "lora-rank": "lora-r use-peft",
+    "max-length": "max-seq-length",
+    "dtype": "bf16 fp16 torch-dtype",
+    "compile": "torch-compile",
+    "log-every": "logging-steps",
+    "eval-every": "eval-steps eval-strategy",
+    "save-every": "save-steps save-strategy",
+    "keep": "save-total-limit",
+    "resume": "resume-from-checkpoint",
+    "eval-only": "do-eval",
+}
+
+
+def did_you_mean(names: list[str]) -> str:
+    """For flags that are unknown here: those of ours that are meant, with their help, or ""."""
+    ours = {f.name.replace("_", "-"): f.metadata["help"] for f in dataclasses.fields(TrainConfig)}
+    elsewhere = {theirs: name for name in ELSEWHERE for theirs in ELSEWHERE[name].split()}
+    meant = []
+    for name in (name.strip("-").replace("_", "-") for name in names):
+        close = get_close_matches(name, [*ours, *elsewhere], 1)
+        meant += [elsewhere.get(name, name) for name in ([name] if name in elsewhere else close)]
+    meant = [f"--{name} ({ours[name].split(' (')[0]})" for name in dict.fromkeys(meant)]
+    return f"; did you mean {' and '.join(meant)}?" if meant else ""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # without the dump of the usage
+        if message.startswith("unrecognized"):
+            message += did_you_mean(re.findall(r"(?<!\S)--[\w-]+", message))
         raise ValueError(f"{message} (see python train.py --help)")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
     """Flags over --config over defaults. Raises ValueError, FileNotFoundError."""
     parser = Parser(
         prog="train.py",
+        usage="python train.py [--model DIR --data FILE --out DIR] [--config FILE] [flags]",
         description="Align a base model with ORPO. Without --model and --data: the built-in job.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
+        epilog=COMMANDS,
+        formatter_class=Help,
+        allow_abbrev=False,
     )
     groups = {}
     for f in dataclasses.fields(TrainConfig):
         group, choices, bare = (f.metadata[key] for key in ("group", "choices", "bare"))
         groups.setdefault(group, parser.add_argument_group(group))
         shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
+        if f.metadata["trl"] is not None:
+            shown = shown.replace(")", f"; in TRL: {f.metadata['trl']})")
         options = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
         if f.type is bool:
             options["action"] = "store_true"
         else:
             options |= {"type": f.type, "choices": choices}
-            options["metavar"] = None if choices else f.type.__name__.upper()
+            kind = "PATH" if f.name in PATHS else f.type.__name__.upper()
+            options["metavar"] = None if choices else kind
             if bare is not None:
                 options |= {"nargs": "?", "const": bare}
         groups[group].add_argument("--" + f.name.replace("_", "-"), **options)
     groups["input and output"].add_argument(
-        "--config", metavar="FILE", help="JSON of these names; its paths are relative to it"
+        "--config", metavar="PATH", help="JSON file of flags; its paths are relative to its folder"
     )
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
@@ -1242,12 +1459,19 @@ def parse(argv: list[str] | None) -> TrainConfig:
             settings.setdefault("out", str(BUILTIN_OUT))
     config = TrainConfig(**(settings | given))
     config.check()
-    needed = ["model", "eval_data" if config.eval_only else "data"]
-    if not (config.eval_only or config.dry_run):
+    evaluates = config.eval_data or config.eval_fraction
+    needed = ["model", "data"]
+    if config.eval_only:
+        needed = ["model", "data" if config.eval_fraction else "eval_data"]
+    elif not config.dry_run:
         needed.append("out")
     for name in needed:
         if getattr(config, name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is needed (see python train.py --help)")
+    if config.eval_fraction and config.eval_data:
+        raise ValueError("--eval-fraction and --eval-data do not go together: give one of them")
+    if config.eval_every and not evaluates:
+        raise ValueError("--eval-every needs evaluation data: add --eval-data or --eval-fraction")
     return config
 
 
@@ -1263,21 +1487,72 @@ def read_config(file: Path) -> dict:
     unknown = set(settings) - set(names) if isinstance(settings, dict) else {"(not an object)"}
     if unknown:
         found, known = ", ".join(sorted(unknown)), ", ".join(names)
-        raise ValueError(f"{file}: unknown: {found}; known: {known}")
-    for name in ("model", "data", "eval_data", "out", "chat_template"):
+        meant = did_you_mean(sorted(unknown))
+        raise ValueError(f"{file}: unknown: {found}{meant or f'; known: {known}'}")
+    for name in PATHS:
         if isinstance(settings.get(name), str):
             settings[name] = os.path.relpath(file.parent / settings[name])
     TrainConfig(**settings).check(f"{file}: ")
     return settings
 
 
+def run(config: TrainConfig) -> int:
+    """What the flags ask for: an evaluation, or a training run; its exit status."""
+    pick_device(config)
+    context = ModelConfig.from_json(Path(config.model) / "config.json").max_seq_len
+    config.max_length = min(config.max_length, context)
+    if config.eval_only:
+        return evaluate_only(config)
+    if config.dry_run:
+        return train(config, None)
+    with claim_folder(config) as out:
+        if config.resume and is_finished(out, config):
+            way = f"start a new run with --model {out / 'model'}"
+            if config.lr_schedule in ENDLESS and checkpoints(out):
+                way = "give more --epochs or --max-steps"
+            print(f"{out}: this run is finished, and nothing was changed; to train longer, {way}")
+            return 0
+        return train(config, out)
+
+
+def evaluate_only(config: TrainConfig) -> int:
+    """Prints the row of an evaluation, with what it depends on, as the only line on stdout."""
+    with contextlib.redirect_stdout(sys.stderr if rank() == 0 else sys.stdout):
+        model, tokenizer, _, eval_set = load_inputs(config)
+        row = evaluation(model, tokenizer, eval_set.pairs, 0, config)
+    print(json.dumps(row | {"lam": config.lam, "sft_loss": config.sft_loss}), flush=True)
+    if config.out and not holds_run(Path(config.out)):  # whose rows stay as they are
+        write_row(Path(config.out), row)
+    return 0
+
+
+def is_of_peers(error: RuntimeError) -> bool:
+    """Whether another process of the job is to blame, as gloo and NCCL report it."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return dist.is_initialized() and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    )
+
+
 def main(argv=None):
     try:
-        status = train(parse(argv))
+        status = run(parse(argv))
+    except KeyboardInterrupt:  # outside of the loop, which stops in order
+        print("train.py: stopped by Ctrl-C", file=sys.stderr)
+        status = 130
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         who = f"train.py, process {rank()}" if rank() else "train.py"
         print(f"{who}: {error}", file=sys.stderr)
         status = 2
+    except RuntimeError as error:
+        if not is_of_peers(error):
+            raise
+        print(
+            f"train.py, process {rank()}: another process of this job has failed or was killed; "
+            "what it printed, or the system's log, says why; continue with --resume",
+            file=sys.stderr,
+        )
+        status = 1
     if dist.is_initialized():
         # At once, past the interpreter's own clearing up: in it FSDP2 over gloo aborts now and
         # then, after all is done, and after an error NCCL would wait for the other processes.
@@ -1291,4 +1566,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -83,7 +83,8 @@ def start(folder, dtype: str, steps: list[list[data.Pair]]):
     optimizer = train.make_optimizer(model, config)
     shares = [s for pairs in steps for s in data.balance_over_ranks(pairs, train.world_size())]
     largest = max(shares, key=lambda pairs: sum(pair.n_tokens for pair in pairs))
-    train.try_largest(model, optimizer, train.Plan(len(steps), len(steps), largest, False), config)
+    plan = train.Plan(len(steps), len(steps), largest, False, {})
+    train.try_largest(model, optimizer, plan, config)
     return model, optimizer, config
 
 

@@ -178,12 +178,14 @@ CASES = {  # what: (how it is broken, flags more, words of the complaint)
     ),
     # --- flags
     "unknown flag": (nothing, ["--lrr", "1"], ["--lrr", "see python train.py --help"]),
+    "a flag of TRL's": (nothing, ["--learning-rate", "1"], ["did you mean --lr (peak"]),
+    "flags that contradict": (nothing, ["--eval-every", "1"], ["--eval-every needs evaluation"]),
     "lr NaN": (nothing, ["--lr", "nan"], ["--lr must be", "nan"]),
     "no such device": (nothing, ["--device", "tpu"], ["--device tpu"]),
     "settings missing": (nothing, ["--config", "no.json"], ["no.json: no such file"]),
     "settings broken": (writes("c.json", "{"), ["--config", "c.json"], ["c.json: not JSON"]),
     # --- the output folder
-    "out a file": (writes("out", "text"), [], ["out: is a file"]),
+    "out a file": (writes("out", "text"), [], ["out: this is a file"]),
     "out in a file": (writes("f", "text"), ["--out", "f/out"], ["f/out", "cannot be made"]),
     "out holds a run": (holds_a_run, [], ["out: holds a run; add --resume"]),
     "out holds the base model": (nothing, ["--out", "."], ["--out .", "would replace --model"]),

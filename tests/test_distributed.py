@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ SEVERAL = """
 import json, os, sys, train
 for arguments in map(json.loads, sys.argv[1:]):
     try:
-        train.train(train.parse(arguments))
+        train.run(train.parse(arguments))
     except ValueError as error:
         print("ValueError:", error, file=sys.stderr, flush=True)
 os._exit(0)
@@ -209,7 +210,7 @@ def test_a_sharded_model_is_saved_as_it_was_loaded(tmp_path):
 
 def test_what_is_not_finite_is_found_by_every_process(folder, two_processes):
     out, _, errors = two_processes
-    assert errors.count(f"step 1: not finite: {folder / 'train.jsonl'}:") == 2
+    assert errors.count(f"step 1: loss or gradient not finite at {folder / 'train.jsonl'}:") == 2
     assert errors.count("(its gradient)") == 6 and not (out / "not-finite" / "model").exists()
 
 
@@ -259,3 +260,26 @@ def test_a_run_goes_on_over_2_then_1_then_2_processes(folder, one_process, tmp_p
 def test_sharding_needs_several_processes(folder, tmp_path, capsys):
     arguments = [*files(folder), "--out", str(tmp_path), "--shard"]
     assert "torchrun --nproc-per-node" in fails(capsys, arguments)
+
+
+def test_a_process_that_loses_another_says_so_in_a_sentence(folder, tmp_path, monkeypatch):
+    """Without torchrun, which would end the other process itself, with lines of its own."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    arguments = [*files(folder), "--max-steps", "9999", "--out", str(tmp_path / "out")]
+    processes = []
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        monkeypatch.setenv("LOCAL_RANK", number)
+        processes.append(start(1, arguments))
+    while not rows_of(tmp_path / "out" / "metrics.jsonl") and processes[0].poll() is None:
+        time.sleep(0.02)
+    processes[1].kill()
+    _, errors = processes[0].communicate(timeout=100)
+    processes[1].communicate()
+    assert processes[0].returncode == 1
+    (line,) = [line for line in errors.splitlines() if "step/s" not in line]
+    assert line.startswith("train.py, process 0: another process of this job has failed or was")

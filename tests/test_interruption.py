@@ -1,5 +1,6 @@
 """A run that is killed, stopped, or short of disk goes on to the bit; one that breaks, stops."""
 
+import contextlib
 import errno
 import json
 import os
@@ -38,6 +39,7 @@ DRIVER = """
 import os, pkgutil, signal, sys
 import torch.distributed.checkpoint, train
 target, n, number, times, *arguments = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as under nohup
 owner, _, name = target.rpartition(".")
 owner, left = pkgutil.resolve_name(owner), [int(n)]
 function = getattr(owner, name)
@@ -199,6 +201,26 @@ def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("target", ["train.load_inputs", "train.save_model"])
+def test_ctrl_c_outside_of_the_loop_is_one_line(arguments, tmp_path, target):
+    stopped = interrupted(target, 1, signal.SIGINT, [*arguments, "--max-steps", "1"])
+    assert stopped.returncode == 130
+    assert stopped.stderr.splitlines()[-1] == "train.py: stopped by Ctrl-C"
+    assert "Traceback" not in stopped.stderr
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [
+        sys.executable,
+        "-c",
+        f"import runpy; runpy.run_path({train.__file__!r}, run_name='__main__')",
+    ]
+    stopped = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (stopped.returncode, stopped.stderr) == (130, "train.py: stopped by Ctrl-C\n")
+
+
 def truncate(file: Path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -219,14 +241,139 @@ def moved(finished, tmp_path) -> list[str]:
     return [*flags, "--out", str(tmp_path / "out"), "--resume"]
 
 
-def test_a_finished_run_resumes_to_itself(finished, moved):
-    """Also where it has moved. Nothing is computed again, as the clocks' numbers tell."""
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    """Whoever loads a model or tokenises a row fails."""
+    monkeypatch.delattr(train, "load_inputs")
+
+
+def contents(folder: Path) -> dict:
+    return {p: (p.stat().st_mtime_ns, p.is_dir() or p.read_bytes()) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    moved, tmp_path, capsys, nothing_loaded, checkpoints
+):
+    """Also where it has moved, and where it has no checkpoint."""
+    if not checkpoints:
+        shutil.rmtree(tmp_path / "out" / "checkpoints")
+    before = contents(tmp_path / "out")
+    train.main(moved)
+    assert "this run is finished, and nothing was changed" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_run_that_lacks_its_model_alone_writes_it(finished, moved, tmp_path):
+    """Killed while it was written. No step is computed again, as the clocks' numbers tell."""
+    (tmp_path / "out" / "finished").unlink()
+    (tmp_path / "out" / "model" / "model.safetensors").unlink()
     assert run(moved) == finished[2]
+    assert file_bytes(tmp_path / "out") == file_bytes(finished[1])
+    assert (tmp_path / "out" / "finished").read_text() == "8\n"
 
 
-def test_resuming_with_other_settings_is_refused_by_name(moved, capsys):
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_resuming_with_other_settings_is_refused_by_name_before_anything_is_loaded(
+    moved, tmp_path, capsys, nothing_loaded, checkpoints
+):
+    where = tmp_path / "out" / "checkpoints" / "step-00000008"
+    if not checkpoints:
+        shutil.rmtree(where.parent)
+        where = tmp_path / "out"
     message = fails(capsys, [*moved, "--lam", "0.5"])
-    assert "lam was 0.1 in " in message and "now 0.5" in message
+    assert f"lam was 0.1 in {where}, now 0.5" in message
+
+
+def test_settings_that_do_not_change_the_steps_may_change(moved, capsys, nothing_loaded):
+    more = ["--eval-every", "3", "--save-every", "5", "--keep", "1", "--micro-batch-tokens", "99"]
+    train.main([*moved, *more])
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_path_may_be_spelled_in_another_way(
+    folder, moved, tmp_path, capsys, monkeypatch, nothing_loaded
+):
+    """As OUT/config.json has it, and relative to the folder in which one is."""
+    train.main(["--config", str(tmp_path / "out" / "config.json"), *moved[-3:]])
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    train.main([*moved, "--model", "model", "--data", str(tmp_path / "link" / "train.jsonl")])
+    assert capsys.readouterr().out.count("finished") == 2
+
+
+def test_a_longer_run_is_refused_where_the_schedule_ends(moved, capsys, nothing_loaded):
+    message = fails(capsys, [*moved, "--max-steps", "16"])
+    assert "max_steps was 8 in " in message and "cosine schedule ends with its last step" in message
+    assert "as --model" in message
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_made_longer(
+    arguments, tmp_path, capsys, nothing_loaded
+):
+    """Two files are all that is looked at."""
+    arguments += [
+        "--lr-schedule",
+        "constant",
+        "--max-length",
+        "128",
+        "--dtype",
+        "float32",
+        "--resume",
+    ]
+    (tmp_path / "out").mkdir()
+    settings = json.dumps(train.settings_of(train.parse(arguments)))
+    (tmp_path / "out" / "config.json").write_text(settings)
+    (tmp_path / "out" / "finished").write_text("12\n")
+    message = fails(capsys, [*arguments, "--max-steps", "13"])
+    assert f"has no checkpoint; train longer by a new run with --model {tmp_path}/out" in message
+
+
+def test_a_constant_schedule_goes_on_for_more_steps_as_if_it_had_been_planned(arguments, tmp_path):
+    """The first steps are not computed again, as the clocks' numbers tell."""
+    arguments += ["--lr-schedule", "constant"]
+    longer = run(arguments, "--out", str(tmp_path / "longer"))
+    begun = run(arguments, "--max-steps", "5")
+    rows = run(arguments, "--resume")
+    assert steps(rows) == steps(longer) and rows[: len(begun)] == begun
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "longer")
+
+
+def test_a_run_is_not_cut_short_behind_its_last_checkpoint(arguments, tmp_path, capsys):
+    arguments += ["--lr-schedule", "constant"]
+    run(arguments, "--max-steps", "3")
+    message = fails(capsys, [*arguments, "--resume", "--max-steps", "2"])
+    assert "step-00000003 is behind the last of 2 steps" in message
+
+
+def test_other_pairs_under_the_same_name_are_refused(arguments, folder, tmp_path, capsys):
+    rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(rows), encoding="utf-8")
+    arguments += ["--data", str(file), "--max-steps", "2"]
+    run(arguments)
+    (tmp_path / "out" / "finished").unlink()
+    before = contents(tmp_path / "out")
+    for changed in (rows[:-1], rows[::-1]):
+        file.write_text("".join(changed), encoding="utf-8")
+        message = fails(capsys, [*arguments, "--resume"])
+        assert f"{file} does not give the pairs that {tmp_path}/out/checkpoints/step-0" in message
+        assert "(40 pairs, " in message and f"now {len(changed)} pairs, " in message
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_last_step_leaves_a_checkpoint(whole):
+    assert [f.name for f in (whole.out / "checkpoints").iterdir()] == ["step-00000012"]
+
+
+def test_a_folder_belongs_to_one_process(arguments, tmp_path, capsys):
+    """That one which is killed does not keep it: test_killed_three_times_..."""
+    for made_before in (False, True):
+        with checkpoint.locked(tmp_path / "out"):
+            message = fails(capsys, arguments)
+        assert f"--out {tmp_path}/out: another process is running in this folder" in message
+        assert (tmp_path / "out").exists() == made_before
+        (tmp_path / "out").mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -244,12 +391,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     finished, moved, tmp_path, capsys, name, damage
 ):
     _, whole, rows = finished
+    (tmp_path / "out" / "finished").unlink()
     damage(tmp_path / "out" / "checkpoints" / "step-00000008" / name)
     assert_the_same_run(run(moved), tmp_path / "out", (rows, whole))
     assert "step-00000008: an older one is tried" in capsys.readouterr().err
 
 
 def test_without_a_readable_checkpoint_nothing_is_made_up(moved, tmp_path, capsys):
+    (tmp_path / "out" / "finished").unlink()
     for file in (tmp_path / "out" / "checkpoints").glob("*/__0_0.distcp"):
         truncate(file)
     assert "none can be read" in fails(capsys, moved, before=2)
@@ -262,26 +411,32 @@ def test_so_many_checkpoints_are_kept(arguments, tmp_path, keep):
     assert kept == [f"step-{k:08d}" for k in (3, 6, 9, 12)[-keep:]]
 
 
+@contextlib.contextmanager
+def full_disk(monkeypatch, function: str, n: int):
+    """Within the n-th call of this function of train.py no file may grow beyond 100 KB."""
+    real, calls = getattr(train, function), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            return real(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, function, limited)
+        yield
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     arguments, whole, tmp_path, monkeypatch, capsys
 ):
-    """No file may grow beyond 100 KB once the first checkpoint is written; then it may again."""
     arguments += ["--save-every", "4"]
-    save, saved = train.save_checkpoint, []
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limited(*args):
-        saved.append(1)
-        if len(saved) == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        save(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", limited)
-        try:
-            message = fails(capsys, arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(monkeypatch, "save_checkpoint", 2):
+        message = fails(capsys, arguments)
     assert "File too large" in message and "step-00000008: not written" in message
     assert "step-00000004;" in message and "--resume" in message
     left = [f.name for f in (tmp_path / "out" / "checkpoints").iterdir()]
@@ -308,6 +463,41 @@ def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
     assert reason in fails(capsys, arguments)
     assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == 3
     assert sorted(file.name for file in out.iterdir()) == ["best", "config.json", "metrics.jsonl"]
+
+
+def test_a_full_disk_while_the_model_is_written_loses_no_step(
+    arguments, whole, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    with full_disk(monkeypatch, "save_model", 1):
+        message = fails(capsys, arguments)
+    assert f"{out}/model/model.safetensors: not written: File too large; " in message
+    assert "step-00000012; make space, then continue with --resume" in message
+    assert not [*out.rglob("*.tmp")] and not (out / "finished").exists()
+    with monkeypatch.context() as patch:
+        patch.delattr(train, "training_step")
+        rows = run(arguments, "--resume")
+    assert_the_same_run(rows, out, (whole.rows, whole.out))
+
+
+def test_a_full_disk_for_the_last_checkpoint_alone_still_gives_the_model(
+    arguments, whole, tmp_path, monkeypatch, capsys
+):
+    with full_disk(monkeypatch, "save_checkpoint", 1):
+        rows = run(arguments)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "step-00000012: not written: " in message and "--resume" not in message
+    assert_the_same_run(rows, tmp_path / "out", (whole.rows, whole.out))
+    assert (tmp_path / "out" / "finished").exists()
+
+
+def test_a_full_disk_for_the_rows_names_their_file(arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text(" " * 100_000)
+    with full_disk(monkeypatch, "write_row", 1), monkeypatch.context() as patch:
+        patch.setattr(train, "begin_folder", lambda *args: None)
+        message = fails(capsys, arguments)
+    assert f"{tmp_path}/out/metrics.jsonl: not written: File too large; " in message
 
 
 # ---------------------------------------------------------------------------------------------
@@ -345,7 +535,10 @@ def test_what_is_not_finite_stops_the_run_with_step_row_and_term(poisoned, tmp_p
     for log_every in ("1", "50"):
         out = tmp_path / log_every
         message = fails(capsys, [*arguments, "--log-every", log_every, "--out", str(out)])
-        assert f"step {bad}: not finite: {file}:7 (L_SFT and L_OR); nothing was" in message
+        assert (
+            f"step {bad}: loss or gradient not finite at {file}:7 (L_SFT and L_OR); nothing was"
+            in message
+        )
         written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         logged = range(1, bad) if log_every == "1" else []
         assert [row["step"] for row in steps(written)] == list(logged)
@@ -357,7 +550,9 @@ def test_what_is_not_finite_stops_the_run_with_step_row_and_term(poisoned, tmp_p
 def test_the_term_that_is_not_finite_is_named(arguments, capsys, lam, term):
     """The first is beyond float32, of the second only the squares that a norm sums."""
     message = fails(capsys, [*arguments, "--lam", lam])
-    assert "step 1: not finite: " in message and message.count(term) == 3, message
+    assert "step 1: loss or gradient not finite at " in message and message.count(term) == 3, (
+        message
+    )
 
 
 def test_no_update_is_made_from_a_gradient_that_is_not_finite_nor_after_it():

@@ -1,5 +1,6 @@
 """The loop: what it writes, that it computes the objective, what it hands back; its settings."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -308,8 +309,30 @@ def test_log_every_thins_the_rows_and_changes_none(arguments, whole):
 
 
 def test_eval_only_prints_the_row_that_training_starts_with(arguments, whole, capsys):
+    """And nothing else, but for what the row depends on."""
     train.main([*arguments, "--eval-only"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole.rows[0]
+    expected = whole.rows[0] | {"lam": 0.5, "sft_loss": "response"}
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_a_runs_config_evaluates_its_model_as_the_run_did(whole, capsys):
+    """By its own lam, on its own rows."""
+    flags = ["--config", str(whole.out / "config.json"), "--model", str(whole.out / "model")]
+    train.main([*flags, "--eval-only"])
+    expected = whole.rows[-1] | {"step": 0, "lam": 0.5, "sft_loss": "response"}
+    row = json.loads(capsys.readouterr().out)
+    # The seed of sampled answers goes with the step.
+    assert row | {"eval_accepted/sampled": 0} == expected | {"eval_accepted/sampled": 0}
+
+
+def test_eval_only_evaluates_on_what_was_held_out(folder, tmp_path, capsys):
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    flags += ["--eval-fraction", "0.25", "--device", "cpu"]
+    before, _ = evaluations(run(flags, "--out", str(tmp_path / "out"), "--max-steps", "1"))
+    capsys.readouterr()
+    train.main([*flags, "--eval-only"])
+    row = json.loads(capsys.readouterr().out)
+    assert {name: row[name] for name in before} == before
 
 
 def test_what_eval_only_leaves_is_no_run_to_protect(arguments):
@@ -431,7 +454,18 @@ GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag (see python train.py --help)"),
+        (["--no-such"], "unrecognized arguments: --no-such (see python train.py --help)"),
+        (["--max-step", "3"], "--max-step 3; did you mean --max-steps (number of updates"),
+        (["--learning_rate=1"], "did you mean --lr (peak learning rate of AdamW)?"),
+        (
+            ["--beta", "1", "--bf16"],
+            "did you mean --lam (weight of L_OR; TRL calls it beta) and",
+        ),
+        (["--eval-every", "2"], "--eval-every needs evaluation data: add --eval-data or --eval-fr"),
+        (
+            ["--eval-data", "e", "--eval-fraction", "0.1"],
+            "--eval-fraction and --eval-data do not",
+        ),
         (["--lr"], "argument --lr: expected one argument"),
         (["--lam", "much"], "argument --lam: invalid float value: 'much'"),
         (["--max-steps", "1.5"], "argument --max-steps: invalid int value: '1.5'"),
@@ -460,12 +494,13 @@ def test_a_wrong_flag_is_named(flags, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"lam": "0.1"}', "--lam must be float, not '0.1'"),
+        ('{"lam": "0.1"}', "--lam must be a number, not '0.1'"),
         ('{"lr": NaN}', "--lr must be at least 0, not nan"),
-        ('{"resume": 1}', "--resume must be bool, not 1"),
-        ('{"epochs": true}', "--epochs must be int, not True"),
-        ('{"sft_loss": "half"}', "--sft-loss must be one of ('response', 'full'), not 'half'"),
-        ('{"lamb": 1}', "unknown: lamb; known: model, data, "),
+        ('{"resume": 1}', "--resume must be true or false, not 1"),
+        ('{"epochs": true}', "--epochs must be a whole number, not True"),
+        ('{"sft_loss": "half"}', "--sft-loss must be one of response, full, not 'half'"),
+        ('{"xyz": 1}', "unknown: xyz; known: model, data, "),
+        ('{"num_train_epochs": 1}', "unknown: num_train_epochs; did you mean --epochs (passes"),
         ("[]", "unknown: (not an object)"),
         ("{", "not JSON"),
         ("[" * 10**5, "not JSON"),
@@ -481,6 +516,15 @@ def test_a_wrong_config_names_its_file(tmp_path, text, words):
 def test_what_is_missing_is_asked_for():
     assert "--out is needed" in complaint(["--model", "m", "--data", "d"])
     assert "--eval-data is needed" in complaint(["--model", "m", "--eval-only"])
+    held_out = ["--model", "m", "--eval-only", "--eval-fraction", "0.1"]
+    assert "--data is needed" in complaint(held_out)
+
+
+def test_the_flags_of_other_programs_lead_to_ours():
+    ours = {f.name.replace("_", "-") for f in dataclasses.fields(train.TrainConfig)}
+    theirs = " ".join(train.ELSEWHERE.values()).split()
+    assert set(train.ELSEWHERE) <= ours and not set(theirs) & ours
+    assert len(set(theirs)) == len(theirs)
 
 
 @pytest.mark.parametrize(
@@ -520,6 +564,28 @@ def test_the_fixed_memory_is_counted_from_the_parameters(monkeypatch):
     assert train.count_parameters(model) == (trained, n)
     config.lora_rank = 3
     assert train.fixed_memory(trained, n, config) == 2 * n + 16 * trained
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "save_every", "keep", "expected"),
+    [(100, 0, 2, 0), (100, 500, 2, 1), (501, 500, 2, 2), (9000, 500, 2, 3), (9000, 500, 1, 2)],
+)
+def test_the_disk_that_the_plan_counts_is_what_a_run_writes(n_steps, save_every, keep, expected):
+    """A model of float32, and checkpoints of it and two moments: one more than are kept."""
+    model = Transformer(ModelConfig(100, 16, 2, 2, 24))
+    n = 4 * sum(p.numel() for p in model.parameters())
+    config = train.TrainConfig(save_every=save_every, keep=keep)
+    wanted = n + 3 * n * expected, expected
+    assert train.disk_needed(model, n_steps, config) == wanted
+
+
+def test_the_files_of_a_run_are_as_large_as_the_plan_says(whole):
+    model = Transformer.from_pretrained(whole.out / "model")
+    needed, n_checkpoints = train.disk_needed(model, 12, train.TrainConfig())
+    files = [*whole.out.glob("model/*.safetensors"), *whole.out.glob("checkpoints/*/*.distcp")]
+    assert n_checkpoints == 1
+    # Each tensor of a checkpoint has a header, which counts where tensors are tiny.
+    assert sum(file.stat().st_size for file in files) == pytest.approx(needed, rel=0.15)
 
 
 @pytest.mark.parametrize(
