@@ -582,7 +582,9 @@ def replaced(folder: Path):
             os.replace(folder, old)
         os.replace(new, folder)
     except OSError as error:
-        raise OSError(f"{folder}: not written: {error.strerror or error}") from None
+        # Of whole_file's own sentence only the reason: its path is that of the folder beside.
+        reason = error.strerror or str(error).rpartition("not written: ")[2]
+        raise OSError(f"{folder}: not written: {reason}") from None
     finally:
         tidy(folder)
 
