@@ -293,51 +293,6 @@ def evaluate(model: Transformer, pairs: list[Pair], config: TrainConfig) -> dict
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def answers(
-    model, tokenizer, prompts, max_new: int, batch_tokens=8192, progress=iter, **sampling
-) -> list[str]:
-    """The model's answer to each prompt (token ids), as text, empty if that fills the context.
-
-    Prompts of like lengths go together while they and their longest answers have batch_tokens
-    tokens. Sampled answers depend on their neighbours: see Transformer.generate.
-    """
-    texts, end, context = [""] * len(prompts), tokenizer.turn_end(), model.config.max_seq_len
-    batches, size = [], math.inf
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        if len(prompts[i]) >= context:
-            continue
-        n_tokens = min(len(prompts[i]) + max_new, context)
-        if size + n_tokens > batch_tokens:
-            batches, size = [*batches, []], 0
-        batches[-1].append(i)
-        size += n_tokens
-    for batch in progress(batches):
-        rows = [prompts[i] for i in batch]
-        new = model.generate(rows, max_new, eos_id=tokenizer.eos_id, **sampling)
-        for i, ids in zip(batch, new, strict=True):
-            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
-            texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
-    reshard(model)
-    return texts
-
-
-def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dict[str, float]:
-    """Where rows list the answers that they accept: the share of the model's that is among them."""
-    asked = [pair for pair in pairs if pair.accept is not None]
-    if not asked:
-        return {}
-    prompts = [pair.prompt for pair in asked]
-    longest = 2 * max(max(pair.lengths[1:]) for pair in asked)
-    shares = {}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        generator = torch.Generator(model.device).manual_seed(seed)
-        sampling = {"temperature": temperature, "generator": generator}
-        texts = answers(model, tokenizer, prompts, longest, **sampling)
-        good = [text in pair.accept for text, pair in zip(texts, asked, strict=True)]
-        shares[f"eval_accepted/{name}"] = sum(good) / len(good)
-    return shares
-
-
 def evaluation(model: Transformer, tokenizer, pairs: list[Pair], step: int, config: TrainConfig):
     """The row of an evaluation after `step` updates."""
     row = {"step": step} | evaluate(model, pairs, config)
@@ -408,6 +363,9 @@ def train(config: TrainConfig, out: Path | None) -> int:
         print("\n{}\n  before: {}\n  after:  {}".format(tokenizer.decode(prompt), *texts))
     print(f"\nwrote {out}/metrics.jsonl and {out}/model, a Hugging Face folder")
     print_best(out)
+    if is_builtin(config):
+        print(f"to compare with SFT alone: python train.py --lam 0 --out {out.parent / 'sft'}")
+        print(f"then draw both: python examples/plot.py {out} {out.parent / 'sft'}")
     return 0
 
 
@@ -434,6 +392,55 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optim
     adamw = torch.optim.AdamW(groups, config.lr, betas, eps=1e-8, weight_decay=decay, fused=True)
     adamw.found_inf = torch.zeros((), device=model.device)  # see training_step
     return adamw
+
+
+# ---------------------------------------------------------------------------------------------
+# The model's own answers.
+
+
+def answers(
+    model, tokenizer, prompts, max_new: int, batch_tokens=8192, progress=iter, **sampling
+) -> list[str]:
+    """The model's answer to each prompt (token ids), as text, empty if that fills the context.
+
+    Prompts of like lengths go together while they and their longest answers have batch_tokens
+    tokens. Sampled answers depend on their neighbours: see Transformer.generate.
+    """
+    texts, end, context = [""] * len(prompts), tokenizer.turn_end(), model.config.max_seq_len
+    batches, size = [], math.inf
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if len(prompts[i]) >= context:
+            continue
+        n_tokens = min(len(prompts[i]) + max_new, context)
+        if size + n_tokens > batch_tokens:
+            batches, size = [*batches, []], 0
+        batches[-1].append(i)
+        size += n_tokens
+    for batch in progress(batches):
+        rows = [prompts[i] for i in batch]
+        new = model.generate(rows, max_new, eos_id=tokenizer.eos_id, **sampling)
+        for i, ids in zip(batch, new, strict=True):
+            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
+            texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
+    reshard(model)
+    return texts
+
+
+def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dict[str, float]:
+    """Where rows list the answers that they accept: the share of the model's that is among them."""
+    asked = [pair for pair in pairs if pair.accept is not None]
+    if not asked:
+        return {}
+    prompts = [pair.prompt for pair in asked]
+    longest = 2 * max(max(pair.lengths[1:]) for pair in asked)
+    shares = {}
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        generator = torch.Generator(model.device).manual_seed(seed)
+        sampling = {"temperature": temperature, "generator": generator}
+        texts = answers(model, tokenizer, prompts, longest, **sampling)
+        good = [text in pair.accept for text, pair in zip(texts, asked, strict=True)]
+        shares[f"eval_accepted/{name}"] = sum(good) / len(good)
+    return shares
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1499,8 +1506,7 @@ def read_config(file: Path) -> dict:
 def run(config: TrainConfig) -> int:
     """What the flags ask for: an evaluation, or a training run; its exit status."""
     pick_device(config)
-    context = ModelConfig.from_json(Path(config.model) / "config.json").max_seq_len
-    config.max_length = min(config.max_length, context)
+    cap_max_length(config)
     if config.eval_only:
         return evaluate_only(config)
     if config.dry_run:
@@ -1513,6 +1519,12 @@ def run(config: TrainConfig) -> int:
             print(f"{out}: this run is finished, and nothing was changed; to train longer, {way}")
             return 0
         return train(config, out)
+
+
+def cap_max_length(config: TrainConfig):
+    """--max-length is at most the model's context."""
+    context = ModelConfig.from_json(Path(config.model) / "config.json").max_seq_len
+    config.max_length = min(config.max_length, context)
 
 
 def evaluate_only(config: TrainConfig) -> int:

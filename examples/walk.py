@@ -103,7 +103,7 @@ def walk(line: int, lam: float):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--line", type=int, default=40, help="of train.jsonl (40)")
+    parser.add_argument("--line", type=int, default=85, help="of train.jsonl (85)")
     parser.add_argument("--lam", type=float, default=1.0, help="weight of L_OR (1.0)")
     arguments = parser.parse_args()
     try:

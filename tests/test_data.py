@@ -627,6 +627,7 @@ def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, c
     flags = ["--model", str(tiny_llama), "--chat-template", str(tmp_path / "own.jinja")]
     config = train.parse([*flags, "--data", str(file), "--out", "unused", "--device", "cpu"])
     train.pick_device(config)
+    train.cap_max_length(config)
     _, tokenizer, trained_on, _ = train.load_inputs(config)
     data.main([str(file), *flags])
     shown = capsys.readouterr().out

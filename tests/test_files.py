@@ -52,4 +52,4 @@ def test_a_reader_of_train_py_meets_the_loop_before_the_engineering():
     method = "lr_at", "step_pairs", "micro_batches", "forward", "training_step", "metrics_of"
     assert all(functions[name] < functions["train"] < ruler for name in method)
     assert all(functions[name] > ruler for name in ("pick_device", "parse", "main"))
-    assert ruler < 400
+    assert ruler < 380

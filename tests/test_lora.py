@@ -261,7 +261,7 @@ def test_what_a_run_exports_is_what_it_evaluated(arguments, tmp_path, dtype, cap
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     rel = 1e-5 if dtype == "float32" else 2e-2
     assert again["eval_loss"] == pytest.approx(rows[-1]["eval_loss"], rel=rel)
-    assert rows[0]["eval_loss"] > 1.3 * rows[-1]["eval_loss"]
+    assert rows[0]["eval_loss"] > 1.2 * rows[-1]["eval_loss"]  # it has learnt
 
 
 def test_a_float32_checkpoint_stays_one_in_bfloat16_runs(tmp_path):
@@ -306,9 +306,10 @@ def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_toke
     family.save_pretrained(base)
     config = train.TrainConfig(model=str(base), lora_rank=3, lora_alpha=8.0, dtype="bfloat16")
     model = adapted(3, Transformer.from_pretrained(base, dtype=dtype))
-    rest = data.load_tokenizer(tiny_tokenizer), some_pairs(1, seed=1), config
-    train.save_model(model, *rest, tmp_path / "model")
-    train.save_checkpoint(tmp_path, 1, model, train.make_optimizer(model, config), *rest)
+    tokenizer, pairs = data.load_tokenizer(tiny_tokenizer), some_pairs(1, seed=1)
+    train.save_model(model, tokenizer, pairs, config, tmp_path / "model")
+    optimizer, plan = train.make_optimizer(model, config), train.Plan(2, 2, pairs, False, {})
+    train.save_checkpoint(tmp_path, 1, model, optimizer, tokenizer, pairs, plan, config)
     checkpoint.export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")
     assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "model")
     assert Transformer.from_pretrained(tmp_path / "made").config.dtype == "float32"

@@ -244,15 +244,15 @@ def test_the_disk_that_the_plan_asks_for_holds_the_best_model_and_adapters(tmp_p
     model = Transformer(ModelConfig(100, 16, 2, 2, 24, dtype="bfloat16"))
     n = sum(p.numel() for p in model.parameters())
     config = train.TrainConfig(save_every=0)
-    assert train.disk_needed(model, config) == 2 * n
+    assert train.disk_needed(model, 9, config)[0] == 2 * n
     config.eval_every = 5
-    assert train.disk_needed(model, config) == 4 * n
+    assert train.disk_needed(model, 9, config)[0] == 4 * n
     model.add_lora(4, 8.0)
     adapters = sum(p.numel() for p in train.trainable(model))
     config.lora_rank = 4
-    assert train.disk_needed(model, config) == 4 * n
+    assert train.disk_needed(model, 9, config)[0] == 4 * n
     config.lora_adapters = True
-    assert train.disk_needed(model, config) == 4 * n + 4 * adapters
+    assert train.disk_needed(model, 9, config)[0] == 4 * n + 4 * adapters
 
 
 @pytest.mark.parametrize("out", [True, False])
