@@ -8,6 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from model import Transformer  # noqa: E402
+from tests.golden import make_families  # noqa: E402
 from tests.layout import packed, plain  # noqa: E402
 
 COMMON = {"vocab_size": 97, "num_hidden_layers": 3, "max_position_embeddings": 64}
@@ -89,6 +90,14 @@ def same(a, b, tolerance=1e-4):
 def test_logits_equal_theirs(pair):
     model, folder = pair
     same(Transformer.from_pretrained(folder)(TOKENS), logits_of(model))
+
+
+@pytest.mark.parametrize("name", make_families.CASES)
+def test_the_golden_rows_of_make_test_are_theirs(name):
+    golden = json.loads((make_families.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    made = make_families.case(name)
+    assert made["logits"] == pytest.approx(golden["logits"], abs=2e-6)
+    assert all(made[key] == golden[key] for key in ("shapes", "tokens"))
 
 
 def test_greedy_generation_equals_theirs(pair):
