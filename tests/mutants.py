@@ -14,11 +14,11 @@ The bugs themselves are not planted there, as that takes minutes.
 """
 
 import argparse
+import multiprocessing
 import os
 import queue
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -73,8 +73,8 @@ MUTANTS = [
     # Pairs and batches.
     Mutant("prompts leak over the held-out split", "data.py",
            "    for row in rows:\n        (test if json.dumps(row.prompt) in held_out else train)",
-           "    held_out = set(epoch_permutation(len(rows), seed, 0)[: n * len(rows) // len(prompts)])"
-           "\n    for i, row in enumerate(rows):\n        (test if i in held_out else train)",
+           "    share = n * len(rows) // len(prompts)\n    for i, row in enumerate(rows):\n"
+           "        (test if i in epoch_permutation(len(rows), seed, 0)[:share] else train)",
            "data"),
     Mutant("another share is held out", "data.py",
            "round(fraction * len(prompts))", "round(fraction * len(prompts) / 2)", "data"),
@@ -232,7 +232,7 @@ MUTANTS = [
     Mutant("another eps", "train.py", "eps=1e-8", "eps=1e-6", "step"),
     Mutant("the schedule reaches matrices alone", "train.py",
            'for group in optimizer.param_groups:\n                group["lr"] = lr',
-           'for group in optimizer.param_groups[:1]:\n                group["lr"] = lr', "train"),
+           'for group in optimizer.param_groups[:1]:\n                group["lr"] = lr', "flags"),
     Mutant("a warm-up of one step more", "train.py",
            "config.lr * step / warmup", "config.lr * step / (warmup + 1)", "train"),
     Mutant("the decay begins one step early", "train.py",
@@ -246,29 +246,29 @@ MUTANTS = [
     Mutant("the trial counts as an update", "train.py",
            'state["step"].zero_()', "pass", "train"),
     Mutant("the trial's gradients stay", "train.py",
-           "backward()\n    optimizer.zero_grad(set_to_none=True)\n    text", "backward()\n    text",
-           "train"),
+           "backward()\n    optimizer.zero_grad(set_to_none=True)\n    text",
+           "backward()\n    text", "train"),
     # A run.
     Mutant("--epochs is ignored", "train.py",
-           "c.max_steps or c.epochs * an_epoch", "c.max_steps or an_epoch", "train"),
+           "c.max_steps or c.epochs * an_epoch", "c.max_steps or an_epoch", "flags"),
     Mutant("--eval-every is ignored", "train.py",
-           "due(step, config.eval_every)", "due(step, 0)", "train"),
+           "due(step, config.eval_every)", "due(step, 0)", "flags"),
     Mutant("--lora-alpha is ignored", "train.py",
            "model.add_lora(config.lora_rank, config.lora_alpha, config.seed)",
-           "model.add_lora(config.lora_rank, 16.0, config.seed)", "train"),
+           "model.add_lora(config.lora_rank, 16.0, config.seed)", "flags"),
     Mutant("--activation-checkpointing is ignored", "train.py",
            "model.checkpointed_blocks = model.config.n_layers if n is True else int(n)",
-           "model.checkpointed_blocks = 0", "train"),
+           "model.checkpointed_blocks = 0", "flags"),
     Mutant("--seed does not decide the order", "train.py",
            "data.epoch_permutation(len(pairs), config.seed, epoch)",
-           "data.epoch_permutation(len(pairs), 42, epoch)", "train"),
+           "data.epoch_permutation(len(pairs), 42, epoch)", "flags"),
     Mutant("every epoch in one order", "train.py",
            "data.epoch_permutation(len(pairs), config.seed, epoch)",
            "data.epoch_permutation(len(pairs), config.seed, 0)", "train"),
     Mutant("--max-length beyond the context", "train.py",
-           "config.max_length = min(config.max_length, model.config.max_seq_len)", "pass", "train"),
+           "config.max_length = min(config.max_length, model.config.max_seq_len)", "pass", "flags"),
     Mutant("resuming compares lam alone", "train.py",
-           "if name not in free and now !=", 'if name == "lam" and now !=', "interruption"),
+           "if name not in free and now !=", 'if name == "lam" and now !=', "flags"),
     Mutant("evaluation keeps what a backward pass needs", "train.py",
            "@torch.no_grad()\ndef evaluate(", "def evaluate(", "train"),
     Mutant("evaluation over some of the pairs", "train.py",
@@ -289,19 +289,19 @@ MUTANTS = [
            "asked = [pair._replace(accept=pair.accept or []) for pair in pairs]", "train"),
     Mutant("tokens per second of pairs", "train.py",
            "self.n_tokens += sum(pair.n_tokens for pair in pairs)", "self.n_tokens += len(pairs)",
-           "train"),
+           "flags"),
     Mutant("tokens per second without the steps between rows", "train.py",
-           "            self.n_tokens, self.flops = 0, 0\n", "", "train"),
+           "            self.n_tokens, self.flops = 0, 0\n", "", "flags"),
     Mutant("evaluation counts in tokens per second", "train.py",
            "self.clock, self.begin = self.clock + pause,", "self.clock, self.begin = self.clock,",
-           "train"),
+           "flags"),
     Mutant("epochs are counted in steps", "train.py",
            '"epoch": step / self.steps_an_epoch', '"epoch": step / self.n_steps', "train"),
     Mutant("generation_config swapped", "train.py",
            '{"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}',
            '{"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.bos_id}', "train"),
     Mutant("OUT/config.json with relative paths", "train.py",
-           "settings[name] and str(Path(settings[name]).resolve())", "settings[name]", "train"),
+           "settings[name] and str(Path(settings[name]).resolve())", "settings[name]", "flags"),
     Mutant("gradients are not summed over processes", "train.py",
            "sum_over_processes([loss, *gradients])", "sum_over_processes([loss])", "distributed"),
     Mutant("metrics are not summed over processes", "train.py",
@@ -338,22 +338,39 @@ class Result(NamedTuple):
     seconds: float
 
 
+# Importing torch takes longer than most of the tests: they run in processes that are forked off one
+# that has imported it, and in which nothing of ours has been imported.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "sentencepiece", "jinja2", "pytest"]
+)
+
+
+def pytest_in(tree: Path, files: list[str], printed: Path):
+    """What a forked process does; it ends with pytest's exit status."""
+    with open(printed, "wb") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.chdir(tree)
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", "-m", "not slow"]
+    sys.exit(int(pytest.main([*options, *files])))
+
+
 def run_tests(tree: Path, files: list[str]) -> Result:
     """These test files until the first failure, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
-    # No .pyc file: two bugs planted within a second would share one.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    begin = time.time()
-    try:
-        done = subprocess.run(
-            [*command, "-rfE", "-m", "not slow", *files],
-            cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    begin, printed = time.time(), tree.parent / "printed"
+    process = FORKED.Process(target=pytest_in, args=(tree, files, printed))
+    process.start()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
         return Result("noticed", "the time limit", time.time() - begin)
-    failed = re.findall(r"^(?:FAILED|ERROR) tests/test_(\S+)", done.stdout, re.M)
-    status = {0: "SURVIVED", 1: "noticed"}.get(done.returncode, "DOES NOT RUN")
-    by = failed[0] if failed else " ".join((done.stdout + done.stderr)[-200:].split())
+    text = printed.read_text(encoding="utf-8", errors="replace")
+    failed = re.findall(r"^(?:FAILED|ERROR) tests/test_(.+?)(?: - |$)", text, re.M)
+    status = {0: "SURVIVED", 1: "noticed"}.get(process.exitcode, "DOES NOT RUN")
+    by = failed[0] if failed else " ".join(text[-200:].split())
     return Result(status, "" if status == "SURVIVED" else by, time.time() - begin)
 
 
@@ -409,6 +426,8 @@ def main() -> int:
             print(f"{mutant.file:<13}  {mutant.name}")
         return 0
     begin = time.time()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # bugs planted within a second would share a .pyc
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         trees = queue.Queue()
         for i in range(min(args.jobs, len(mutants))):
@@ -416,7 +435,8 @@ def main() -> int:
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
             trees.put(tree)
         files = files_that_notice(mutants)
-        for file, result in zip(files, pool.map(lambda f: run_tests(tree, [f]), files), strict=True):
+        passes = pool.map(lambda file: run_tests(tree, [file]), files)
+        for file, result in zip(files, passes, strict=True):
             if result.status != "SURVIVED":
                 print(f"{file}: does not pass without a bug: {result.by}", file=sys.stderr)
                 return 2

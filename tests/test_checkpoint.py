@@ -139,6 +139,20 @@ def test_names_with_and_without_the_base_prefix(prefix, kind, form, tmp_path):
 # Shards
 
 
+def test_safetensors_are_read_in_preference_to_pickles(tmp_path):
+    model = random_model(torch.float32, seed=1)
+    model.save_pretrained(tmp_path)
+    torch.save(state(random_model(torch.float32, seed=2)), tmp_path / "pytorch_model.bin")
+    assert_same_weights(Transformer.from_pretrained(tmp_path), state(model))
+
+
+@pytest.mark.parametrize("said", ["float32", "auto", None])
+def test_the_dtype_is_that_of_the_tensors_whatever_the_config_says(said, tmp_path):
+    random_model(torch.float32).save_pretrained(tmp_path, dtype=torch.bfloat16)
+    with_config(tmp_path, torch_dtype=... if said is None else said)
+    assert Transformer.from_pretrained(tmp_path, dtype=torch.float32).config.dtype == "bfloat16"
+
+
 @pytest.fixture
 def shards(tmp_path):
     """A folder of several shards, and the model in it."""

@@ -45,9 +45,7 @@ SETTINGS = [
 def test_three_updates_are_clipped_adamw_by_the_formula(settings):
     """In float64. Matrices decay, and norms and biases do not."""
     model, pairs = sharp(torch.float64), some_pairs(6, seed=1)
-    config = train.TrainConfig(
-        lr=1e-2, lam=0.5, dtype="float32", micro_batch_tokens=60, **settings
-    )
+    config = train.TrainConfig(lr=1e-2, lam=0.5, dtype="float32", micro_batch_tokens=60, **settings)
     optimizer = train.make_optimizer(model, config)
     start = [p.detach().clone() for p in model.parameters()]
     clipped = [[] for _ in start]
