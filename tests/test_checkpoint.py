@@ -172,6 +172,15 @@ def test_shards_have_an_index(shards):
         assert all(index["weight_map"][name] == file.name for name in read_safetensors(file))
 
 
+def test_shards_are_measured_in_the_dtype_that_is_stored(tmp_path):
+    model = random_model(torch.float32)
+    n_bytes = sum(2 * p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16, shard_bytes=n_bytes - 1)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == n_bytes
+    assert len(set(index["weight_map"].values())) == 2
+
+
 def test_shards_are_of_at_most_the_size_that_is_asked_for(shards):
     for file in shards[0].glob("*.safetensors"):
         tensors = read_safetensors(file)

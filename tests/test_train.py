@@ -51,11 +51,21 @@ def test_evaluation_keeps_nothing_for_a_backward_pass(folder, monkeypatch):
         return outputs[-1]
 
     monkeypatch.setattr(train, "forward", noted)
-    flags = ["--out", "o", "--micro-batch-tokens", "100", "--dtype", "float32"]
+    flags = ["--out", "o", "--micro-batch-tokens", "1", "--dtype", "float32"]
     config = train.parse([*files(folder), *flags])
     model, _, _, eval_set = train.load_inputs(config)
     train.evaluate(model, eval_set.pairs, config)
     assert len(outputs) > 1 and not any(output.loss.requires_grad for output in outputs)
+
+
+def test_an_evaluation_is_the_same_however_it_is_cut(folder):
+    flags = [*files(folder), "--out", "o", "--dtype", "float32"]
+    config = train.parse([*flags, "--micro-batch-tokens", "1"])
+    model, _, _, eval_set = train.load_inputs(config)
+    cut = train.evaluate(model, eval_set.pairs, config)
+    assert len(train.micro_batches(eval_set.pairs, config)) == len(eval_set.pairs) > 1
+    whole = train.evaluate(model, eval_set.pairs, train.parse(flags))
+    assert cut == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_held_out_loss_goes_down(whole):
