@@ -153,7 +153,7 @@ MUTANTS = [
            "window >= segments.max_k:", "window >= segments.max_k - 1:", "families"),
     Mutant("a window is one longer on CUDA", "model.py",
            "-1 if window is None else window - 1", "-1 if window is None else window",
-           "fake_cuda"),
+           "families"),
     Mutant("Mistral's windows are ignored", "checkpoint.py",
            '"MistralForCausalLM", supported=ROPE, windows=True',
            '"MistralForCausalLM", supported=ROPE, windows=False',

@@ -196,19 +196,6 @@ def test_windows_and_norms_of_heads(fake):
     assert step(fake, shape).n[VARLEN] > 0
 
 
-def test_flash_attention_is_told_how_many_keys_lie_before_a_querys_own(fake, monkeypatch):
-    """A window of 16 keys is the query's own and 15 before it."""
-    told, varlen_attn = set(), model_file.varlen_attn
-
-    def noted(*args, window_size, **options):
-        told.add(window_size)
-        return varlen_attn(*args, window_size=window_size, **options)
-
-    monkeypatch.setattr(model_file, "varlen_attn", noted)
-    step(fake, ModelConfig(1000, 64, 2, 4, 96, windows=[16, None]))
-    assert told == {(15, 0), (-1, 0)}
-
-
 def test_norms_and_the_gathering_of_keys_are_the_cheap_kernels(fake):
     calls = step(fake)
     assert calls.n["aten::_fused_rms_norm"] == (2 * 3 + 1) * calls.n_batches

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model as model_module
 import orpo
 import train
 from checkpoint import FAMILIES, write_safetensors
@@ -88,3 +89,21 @@ def test_a_query_sees_so_many_keys_as_its_window(window):
         scores = torch.einsum("hd,shd->hs", q[row], k[first : row + 1]) / 2
         wanted = torch.einsum("hs,shd->hd", scores.softmax(-1), v[first : row + 1])
         torch.testing.assert_close(got[row], wanted)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says so, wherever it is."""
+
+    is_cuda = True
+
+
+def test_flash_attention_is_told_how_many_keys_lie_before_a_querys_own(monkeypatch):
+    """A window of four keys is the query's own and three before it; -1 is no limit."""
+    told = []
+    monkeypatch.setattr(
+        model_module, "varlen_attn", lambda *args, window_size, **_: told.append(window_size)
+    )
+    q, k, v = torch.zeros(3, 12, 2, 8, dtype=torch.bfloat16).as_subclass(OnCuda)
+    for window in (4, 6, 7, None):
+        attention(q, k, v, plain(2, 6, 6), window)
+    assert told == [(3, 0), (-1, 0), (-1, 0), (-1, 0)]
