@@ -253,6 +253,8 @@ MUTANTS = [
            "(config.adam_beta1, config.adam_beta2)", "(0.9, config.adam_beta2)", "step"),
     Mutant("another beta2", "train.py",
            "(config.adam_beta1, config.adam_beta2)", "(config.adam_beta1, 0.999)", "step"),
+    Mutant("a loaded model is in training mode", "model.py",
+           "return model.eval()", "return model.train()", "checkpoint"),
     Mutant("another eps", "train.py", "eps=1e-8", "eps=1e-6", "step"),
     Mutant("the schedule reaches matrices alone", "train.py",
            'for group in optimizer.param_groups:\n                group["lr"] = lr',
@@ -341,9 +343,13 @@ MUTANTS = [
            "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)", "distributed"),
     Mutant("metrics are not summed over processes", "train.py",
            "    sum_over_processes([sums])\n", "", "distributed"),
-    # Known to be equivalent.
-    Mutant("no evaluation mode", "model.py", "return model.eval()", "return model.train()",
-           "model", equivalent="there is no dropout, nor anything else that asks for the mode"),
+    # Known to be equivalent: they count apart, and as noticed where a test fails all the same.
+    Mutant("log1mexp changes its form at ln 2 itself", "orpo.py",
+           "near = y > -LN2", "near = y >= -LN2", "orpo",
+           equivalent="at 1 - P = 1/2 both forms have all their digits"),
+    Mutant("a token's first copy starts from a larger number", "model.py",
+           "copies.new_full((n,), len(copies))", "copies.new_full((n,), 2 * len(copies))", "model",
+           equivalent="every token has a copy, and the least of them counts"),
 ]
 # fmt: on
 
@@ -433,11 +439,11 @@ def report(mutants: list[Mutant], results) -> bool:
     noticed, survived, equivalent = 0, [], 0
     for mutant, result in zip(mutants, results, strict=True):
         text = result.by if result.status == "noticed" else f"{result.status} {result.by}"
-        if mutant.equivalent:
-            equivalent += 1
-            text += f" (equivalent: {mutant.equivalent})"
-        elif result.status == "noticed":
+        if result.status == "noticed":
             noticed += 1
+        elif mutant.equivalent:
+            equivalent += 1
+            text += f"(equivalent: {mutant.equivalent})"
         else:
             survived.append(mutant.name)
         print(
