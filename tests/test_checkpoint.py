@@ -136,6 +136,20 @@ def test_names_with_and_without_the_base_prefix(prefix, kind, form, tmp_path):
 # Shards
 
 
+def test_safetensors_are_read_in_preference_to_pickles(tmp_path):
+    model = random_model(torch.float32, seed=1)
+    model.save_pretrained(tmp_path)
+    torch.save(state(random_model(torch.float32, seed=2)), tmp_path / "pytorch_model.bin")
+    assert_same_weights(Transformer.from_pretrained(tmp_path), state(model))
+
+
+@pytest.mark.parametrize("said", ["float32", "auto", None])
+def test_the_dtype_is_that_of_the_tensors_whatever_the_config_says(said, tmp_path):
+    random_model(torch.float32).save_pretrained(tmp_path, dtype=torch.bfloat16)
+    with_config(tmp_path, torch_dtype=... if said is None else said)
+    assert Transformer.from_pretrained(tmp_path, dtype=torch.float32).config.dtype == "bfloat16"
+
+
 @pytest.fixture
 def shards(tmp_path):
     """A folder of several shards, and the model in it."""
@@ -153,6 +167,15 @@ def test_shards_have_an_index(shards):
     assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
     for file in files:
         assert all(index["weight_map"][name] == file.name for name in read_safetensors(file))
+
+
+def test_shards_are_measured_in_the_dtype_that_is_stored(tmp_path):
+    model = random_model(torch.float32)
+    n_bytes = sum(2 * p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16, shard_bytes=n_bytes - 1)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == n_bytes
+    assert len(set(index["weight_map"].values())) == 2
 
 
 def test_shards_are_of_at_most_the_size_that_is_asked_for(shards):

@@ -91,6 +91,16 @@ def test_row_shapes(row, wanted, tmp_path):
     assert got.accept is None and got.where == f"{tmp_path / 'rows.jsonl'}:1"
 
 
+@pytest.mark.parametrize("name", ["instruction", "question"])
+@pytest.mark.parametrize("prompt", ["Say q.", [Q]], ids=["string", "messages"])
+def test_other_names_of_the_prompt(name, prompt, tmp_path):
+    """Answers with a common beginning, which would be the prompt if there were none."""
+    yes, no = ([YES], [NO]) if prompt == [Q] else ("It is yes", "It is no")
+    row = {name: prompt, "chosen": yes, "rejected": no}
+    (got,) = load_preferences(write_rows(tmp_path / "rows.jsonl", row))
+    assert (got.prompt, got.chosen, got.rejected) == (prompt, yes, no)
+
+
 @pytest.mark.parametrize(
     "chosen, rejected, prompt",
     [

@@ -50,6 +50,31 @@ def test_evaluation_comes_before_the_first_update_and_after_the_last(whole):
     assert {"eval_accepted/sampled", "eval_accepted/greedy"} < set(before) == set(after)
 
 
+def test_evaluation_keeps_nothing_for_a_backward_pass(folder, monkeypatch):
+    outputs, forward = [], train.forward
+
+    def noted(*args):
+        outputs.append(forward(*args))
+        return outputs[-1]
+
+    monkeypatch.setattr(train, "forward", noted)
+    flags = ["--out", "o", "--micro-batch-tokens", "1", "--dtype", "float32"]
+    config = train.parse([*files(folder), *flags])
+    model, _, _, eval_set = train.load_inputs(config)
+    train.evaluate(model, eval_set.pairs, config)
+    assert len(outputs) > 1 and not any(output.loss.requires_grad for output in outputs)
+
+
+def test_an_evaluation_is_the_same_however_it_is_cut(folder):
+    flags = [*files(folder), "--out", "o", "--dtype", "float32"]
+    config = train.parse([*flags, "--micro-batch-tokens", "1"])
+    model, _, _, eval_set = train.load_inputs(config)
+    cut = train.evaluate(model, eval_set.pairs, config)
+    assert len(train.micro_batches(eval_set.pairs, config)) == len(eval_set.pairs) > 1
+    whole = train.evaluate(model, eval_set.pairs, train.parse(flags))
+    assert cut == pytest.approx(whole, rel=1e-5)
+
+
 def test_the_held_out_loss_goes_down(whole):
     before, after = evaluations(whole.rows)
     assert after["eval_loss"] < before["eval_loss"]
@@ -171,6 +196,11 @@ def test_the_model_is_handed_back_in_the_dtype_it_came_in(handed_back):
 def test_the_model_that_is_handed_back_is_another(handed_back, bfloat16_model):
     trained, base = map(Transformer.from_pretrained, (handed_back, bfloat16_model))
     assert not torch.equal(trained.lm_head_weight, base.lm_head_weight)
+
+
+def test_where_to_stop_is_handed_back(handed_back):
+    ids = json.loads((handed_back / "generation_config.json").read_text())
+    assert ids == {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def test_the_model_is_handed_back_with_the_files_it_came_with(handed_back, bfloat16_model):
@@ -353,15 +383,19 @@ def test_another_programs_metrics_are_no_run(tmp_path):
     assert train.read_rows(tmp_path) == []
 
 
-def test_accepted_counts_exact_answers(folder, monkeypatch):
-    """2 of 3 rows have accept; of these answers, one is right: 1/2."""
-    tokenizer = data.load_tokenizer(folder / "model")
+@pytest.mark.parametrize("said", ["y", "y z", "Y", ""], ids=repr)
+def test_only_an_exact_answer_is_accepted(said, monkeypatch):
+    """Two of three rows list what they accept. The sampled answers are both right, and of the
+    greedy ones half is: the first, "x", but not another text than "z" or "yz"."""
+    monkeypatch.setattr(
+        train,
+        "answers",
+        lambda *args, temperature, **_: ["x", "yz"] if temperature else ["x", said],
+    )
     pair = data.Pair([1, 5], [6, 2], [7, 2])
-    pairs = [pair._replace(accept=accept) for accept in (["x"], None, ["y", "z"])]
-    model = Transformer(ModelConfig(10, 8, 1, 1, 8))
-    monkeypatch.setattr(train, "answers", lambda model, tok, prompts, *a, **k: ["z"] * len(prompts))
-    shares = train.accepted(model, tokenizer, pairs, 0)
-    assert shares == {"eval_accepted/sampled": 0.5, "eval_accepted/greedy": 0.5}
+    pairs = [pair._replace(accept=accept) for accept in (["x"], None, ["z", "yz"])]
+    shares = train.accepted(Transformer(ModelConfig(10, 8, 1, 1, 8)), None, pairs, 0)
+    assert shares == {"eval_accepted/sampled": 1.0, "eval_accepted/greedy": 0.5}
 
 
 def test_an_answer_is_without_the_end_that_its_template_writes(folder, monkeypatch):

@@ -12,6 +12,7 @@ import data  # noqa: E402
 import orpo  # noqa: E402
 import train  # noqa: E402
 from model import Transformer  # noqa: E402
+from tests.golden import make_families  # noqa: E402
 from tests.layout import packed, plain  # noqa: E402
 
 COMMON = {"vocab_size": 97, "num_hidden_layers": 3, "max_position_embeddings": 64}
@@ -132,6 +133,14 @@ def test_a_training_steps_gradients_equal_theirs(pair, tmp_path):
         if name.endswith("k_proj.bias"):  # without rotary a softmax does not see it
             largest = largest.clamp(min=1e-3)
         same(grad / largest, wanted[name] / largest)
+
+
+@pytest.mark.parametrize("name", make_families.CASES)
+def test_the_golden_rows_of_make_test_are_theirs(name):
+    golden = json.loads((make_families.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    made = make_families.case(name)
+    assert made["logits"] == pytest.approx(golden["logits"], abs=2e-6)
+    assert all(made[key] == golden[key] for key in ("shapes", "tokens"))
 
 
 def test_greedy_generation_equals_theirs(pair):

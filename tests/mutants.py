@@ -1,0 +1,496 @@
+"""Plants bugs in the code, one at a time, and shows whether the tests notice them.
+
+    python tests/mutants.py                   all of them, several at once: a table and the score
+    python tests/mutants.py -k rotary opt     those whose names contain one of these words
+    python tests/mutants.py --list            names and places, without running anything
+
+A bug is an exact replacement in one file. The tree is copied to a temporary folder, the bug is
+planted there, and the test files that should notice it run until the first failure. Before that
+these files run once as they are, and must pass. Exit status 1 where a bug survives that is not
+known to be equivalent, which means that no test could notice it.
+
+tests/test_mutants.py, a part of `make test`, fails where a replacement no longer fits the source.
+The bugs themselves are not planted there, as that takes minutes.
+"""
+
+import argparse
+import multiprocessing
+import os
+import queue
+import re
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 1200  # for the tests of one bug, which take a few as a rule
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str  # occurs exactly once in the file
+    new: str
+    tests: str  # the files in tests/ that should notice, without test_ and .py
+    equivalent: str = ""  # why no test can notice
+
+
+# fmt: off
+MUTANTS = [
+    # The objective.
+    Mutant("L_OR pulls the chosen answer down", "orpo.py",
+           "return (-1 / den).to(dtype)", "return (1 / den).to(dtype)", "orpo"),
+    Mutant("delta lacks its inverse", "orpo.py",
+           "torch.where(den == 0, 0.5, u / den)", "torch.where(den == 0, 0.5, den / u)", "orpo"),
+    Mutant("log1mexp by one formula alone", "orpo.py",
+           "near = y > -LN2", "near = y > -1e9", "orpo"),
+    Mutant("log P is a sum and not a mean", "orpo.py",
+           "means = (sums / lengths).clamp(", "means = sums.clamp(", "orpo"),
+    Mutant("no floor below certainty", "orpo.py",
+           "clamp(max=-torch.finfo(sums.dtype).tiny)", "clamp(max=0)", "orpo"),
+    Mutant("odds without 1 - P", "orpo.py",
+           "return (y - log1mexp(y)).to(", "return y.to(", "orpo"),
+    Mutant("lam 0 times infinity", "orpo.py", "if lam == 0:", "if lam < 0:", "orpo"),
+    Mutant("L_OR averaged over the micro-batch", "orpo.py",
+           "nll + lam / n_pairs * pair_losses.sum()", "nll + lam * pair_losses.mean()", "orpo"),
+    Mutant("prompt tokens count in log P", "orpo.py",
+           "torch.where(in_response[rows], logps, 0))", "logps)", "orpo"),
+    Mutant("L_OR reaches prompt tokens", "orpo.py",
+           "d_token = torch.where(in_response[rows], d_token, 0)", "pass", "orpo"),
+    Mutant("lm_head's gradient of the last group alone", "orpo.py",
+           "else grad_lm_head.add_(group_grad)", "else group_grad", "orpo"),
+    Mutant("lm_head's gradient summed in bfloat16", "orpo.py",
+           "group_grad = group_grad.to(result_dtype(lm_head))", "pass", "orpo"),
+    Mutant("log-softmax in bfloat16", "orpo.py",
+           "others = rows.to(result_dtype(logits))", "others = rows.clone()", "orpo speed"),
+    Mutant("backward ignores what comes from above", "orpo.py",
+           "return grad_hidden.mul_(grad), grad_lm_head,", "return grad_hidden, grad_lm_head,",
+           "orpo"),
+    # Pairs and batches.
+    Mutant("prompts leak over the held-out split", "data.py",
+           "    for row in rows:\n        (test if json.dumps(row.prompt) in held_out else train)",
+           "    share = n * len(rows) // len(prompts)\n    for i, row in enumerate(rows):\n"
+           "        (test if i in epoch_permutation(len(rows), seed, 0)[:share] else train)",
+           "data"),
+    Mutant("another share is held out", "data.py",
+           "round(fraction * len(prompts))", "round(fraction * len(prompts) / 2)", "data"),
+    Mutant("instruction is no column", "data.py",
+           '("prompt", "instruction", "question") if', '("prompt", "question") if', "data"),
+    Mutant("a response without EOS", "data.py",
+           "else [*ids, tokenizer.eos_id])", "else ids)", "data"),
+    Mutant("a response begins like a text", "data.py",
+           "ids = tokenizer.encode(text, continuation=True)", "ids = tokenizer.encode(text)",
+           "data"),
+    Mutant("BOS twice behind a template", "data.py",
+           "if tokenizer.bos_id in (None, *ids[:1])", "if tokenizer.bos_id is None", "data"),
+    Mutant("the rejected answer is cut by the chosen one's length", "data.py",
+           "chosen[:room], rejected[:room]))", "chosen[:room], rejected[: len(chosen[:room])]))",
+           "data"),
+    Mutant("long prompts stay", "data.py",
+           "if len(prompt) > max_prompt_length:", "if False:", "data"),
+    Mutant("equal answers stay", "data.py", "if chosen == rejected:", "if False:", "data"),
+    Mutant("answers that are equal once cut stay", "data.py",
+           "if chosen[:room] == rejected[:room]:", "if False:", "data"),
+    Mutant("a prompt without BOS", "data.py",
+           "else [tokenizer.bos_id, *ids]", "else ids", "data"),
+    Mutant("the order ignores the seed", "data.py",
+           "default_rng([seed, epoch])", "default_rng([0, epoch])", "data"),
+    Mutant("the rejected answer's positions go on from the chosen one's", "data.py",
+           "np.arange(p, p + r)]", "np.arange(p + c, p + c + r)]", "data model"),
+    Mutant("the rejected answer is predicted from the chosen one's end", "data.py",
+           "last + c), [last]]", "last + c), [last + c]]", "data model"),
+    Mutant("the rejected answer sees other keys than the prompt's", "data.py",
+           "key_index += [np.arange(start, rejected), np.arange(start, start + p)]",
+           "key_index += [np.arange(start, rejected), np.arange(start + c, start + c + p)]",
+           "data model"),
+    Mutant("L_SFT normalised by the micro-batch", "data.py",
+           "_pack(part, sft_loss, len(pairs),", "_pack(part, sft_loss, len(part),", "data"),
+    Mutant("full counts the first token too", "data.py",
+           "sum(p + c - 1 for p, c, _ in", "sum(p + c for p, c, _ in", "data"),
+    Mutant("L_SFT weighs tokens and not pairs", "data.py",
+           "(n_tokens if full else n_pairs * c)", "n_tokens", "data"),
+    Mutant("a pair is left out of each epoch's end", "train.py",
+           "math.ceil(len(pairs) / config.batch_size)", "len(pairs) // config.batch_size", "train"),
+    # Tokens.
+    Mutant("a shorter special token first", "tokenizer.py",
+           "key=len, reverse=True", "key=len", "tokenizer"),
+    Mutant("merges by the highest rank", "tokenizer.py",
+           "heappush(heap, (ranks[pair], left))", "heappush(heap, (-ranks[pair], left))",
+           "tokenizer"),
+    Mutant("templates keep the newline behind a block", "tokenizer.py",
+           "trim_blocks=True, ", "trim_blocks=False, ", "tokenizer"),
+    Mutant("templates keep spaces before a block", "tokenizer.py",
+           "lstrip_blocks=True", "lstrip_blocks=False", "tokenizer"),
+    Mutant("no NFC", "tokenizer.py", "if self.nfc:", "if False:", "tokenizer"),
+    Mutant("ignore_merges is ignored", "tokenizer.py",
+           "if self.ignore_merges and word in self.vocab:", "if False:", "tokenizer"),
+    # The transformer.
+    Mutant("another rope_theta", "model.py",
+           "frequency = config.rope_theta **", "frequency = 10000.0 **", "model families"),
+    Mutant("linear rope scaling left out", "model.py",
+           'frequency = frequency / scaling["factor"]', "pass", "families"),
+    Mutant("llama3 rope scaling stretches every wave", "model.py",
+           "frequency * (keep + (1 - keep) / scaling", "frequency * (1 / scaling", "families"),
+    Mutant("llama3 rope scaling without a fade", "model.py",
+           "((turns - low) / (high - low)).clamp(0, 1)", "(turns > low).float()", "families"),
+    Mutant("partial rotary turns all", "checkpoint.py",
+           '"rotary_fraction": "partial_rotary_factor"', '"rotary_fraction": "rotary_fraction"',
+           "families"),
+    Mutant("the gradient of rotary turns the wrong way", "model.py",
+           "_rotate(grad, cos, -sin)", "_rotate(grad, cos, sin)", "model"),
+    Mutant("a prompt's keys hand back one gradient of two", "model.py",
+           "torch.where(twice, first + last, first)", "first", "model"),
+    Mutant("queries aligned at the beginning", "model.py",
+           "np.minimum(k_len - q_len + np.arange(n_q), k_len - 1)",
+           "np.minimum(np.arange(n_q), k_len - 1)", "model"),
+    Mutant("a window is one longer", "model.py",
+           "(back >= (window or np.inf))", "(back > (window or np.inf))", "families"),
+    Mutant("a window one shorter than the longest run is dropped", "model.py",
+           "window >= segments.max_k:", "window >= segments.max_k - 1:", "families"),
+    Mutant("a window is one longer on CUDA", "model.py",
+           "-1 if window is None else window - 1", "-1 if window is None else window",
+           "families"),
+    Mutant("Mistral's windows are ignored", "checkpoint.py",
+           '"MistralForCausalLM", supported=ROPE, windows=True',
+           '"MistralForCausalLM", supported=ROPE, windows=False',
+           "families"),
+    Mutant("windows in every layer of Qwen", "checkpoint.py",
+           'first = 0 if mistral else found.get("max_window_layers", 28)', "first = 0", "families"),
+    Mutant("no norm of queries and keys", "model.py",
+           "q, k = self.q_norm(q), self.k_norm(k)", "pass", "families"),
+    Mutant("keys by the queries' norm", "model.py",
+           "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), self.q_norm(k)", "families"),
+    Mutant("OPT's positions without their offset", "model.py",
+           "self.embed_positions(positions + self.config.position_offset)",
+           "self.embed_positions(positions)", "families"),
+    Mutant("GPT-2's matrices as they are stored", "checkpoint.py",
+           'prefix="transformer.", conv1d=True', 'prefix="transformer.", conv1d=False', "families"),
+    Mutant("gelu_new is the exact gelu", "model.py",
+           '{"gelu_new": _gelu_tanh,', '{"gelu_new": F.gelu,', "families"),
+    Mutant("Phi's MLP without the norm", "model.py",
+           "cache) + self.mlp(y)", "cache) + self.mlp(x)", "families"),
+    Mutant("Phi's lm_head bias is left out of the loss", "model.py",
+           "F.pad(self.lm_head.bias[:, None], (0, 7))",
+           "F.pad(0 * self.lm_head.bias[:, None], (0, 7))", "families"),
+    Mutant("LayerNorm with another eps", "model.py",
+           "self.bias.to(x.dtype), self.eps)", "self.bias.to(x.dtype), 1e-5)", "families"),
+    Mutant("RMSNorm with another eps", "model.py",
+           "F.rms_norm(x, weight.shape, weight, self.eps)",
+           "F.rms_norm(x, weight.shape, weight, 1e-6)", "model families"),
+    Mutant("temperature multiplies", "model.py",
+           "logits = logits / temperature", "logits = logits * temperature", "model"),
+    Mutant("top_p counts the token itself", "model.py",
+           "probs.cumsum(-1) - probs >= top_p", "probs.cumsum(-1) >= top_p", "model"),
+    Mutant("a finished row goes on", "model.py",
+           "token = token.masked_fill(finished, eos_id)", "pass", "model"),
+    Mutant("each new token is at the first positions", "model.py",
+           "positions = torch.arange(start, stop, device=device)",
+           "positions = torch.arange(stop - start, device=device)", "model"),
+    Mutant("adapters count 1 / rank", "model.py",
+           "base.weight, base.bias, alpha / rank", "base.weight, base.bias, 1 / rank", "lora"),
+    Mutant("a merged change is not scaled", "model.py",
+           "change = m.scale * (", "change = (", "lora"),
+    Mutant("adapters that start at zero on both sides", "model.py",
+           ".uniform_(-bound, bound, generator=generator)", ".zero_()", "lora"),
+    # Folders.
+    Mutant("pickles in preference to safetensors", "checkpoint.py",
+           'kinds = ("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_pickle)',
+           'kinds = ("pytorch_model.bin", _read_pickle), ("model.safetensors", read_safetensors)',
+           "checkpoint"),
+    Mutant("the dtype of config.json and not of the tensors", "model.py",
+           'config.dtype = str(stored.dtype).removeprefix("torch.")', "pass", "checkpoint"),
+    Mutant("a loaded model is in training mode", "model.py",
+           "return model.eval()", "return model.train()", "checkpoint"),
+    Mutant("old GPT-2 buffers are unknown tensors", "checkpoint.py",
+           '(".inv_freq", ".attn.bias", ".attn.masked_bias")', '(".inv_freq", ".attn.masked_bias")',
+           "checkpoint families"),
+    Mutant("an untied lm_head is passed over", "checkpoint.py",
+           'name == "lm_head.weight" and config.tie_embeddings', 'name == "lm_head.weight"',
+           "checkpoint"),
+    Mutant("an older model's shards stay", "checkpoint.py",
+           "        old.unlink()", "        pass", "checkpoint"),
+    Mutant("shards are measured in float32", "checkpoint.py",
+           "numel() * dtype.itemsize\n        if shards", "numel() * 4\n        if shards",
+           "checkpoint"),
+    Mutant("one checkpoint more is kept", "checkpoint.py",
+           "checkpoints(out)[keep:]", "checkpoints(out)[keep + 1 :]", "interruption"),
+    Mutant("the oldest checkpoint is resumed", "checkpoint.py",
+           'glob("step-*"), reverse=True)', 'glob("step-*"))', "interruption"),
+    Mutant("checkpoints without Adam's state", "train.py",
+           ' | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}', "", "interruption"),
+    Mutant("the row of the step that is resumed from is lost", "train.py",
+           'if row["step"] <= start and', 'if row["step"] < start and', "interruption"),
+    Mutant("adapters are resumed on another base", "train.py",
+           "if frozen is not None and not", "if False and not", "lora"),
+    Mutant("every model is handed back in float32", "train.py",
+           "dtype=getattr(torch, model.config.dtype))", "dtype=torch.float32)", "train"),
+    # A step.
+    Mutant("in bfloat16 the first micro-batch alone has gradients", "train.py",
+           "output.loss.backward()  # gradients just",
+           'if not outputs or config.dtype == "float32":\n'
+           "            output.loss.backward()  # gradients just", "step"),
+    Mutant("in bfloat16 later micro-batches count twice", "train.py",
+           "output.loss.backward()  # gradients just",
+           '(output.loss * (1 + (config.dtype == "bfloat16" and bool(outputs)))).backward()  #',
+           "step"),
+    Mutant("masters in bfloat16", "train.py",
+           'config.dtype if config.lora_rank else "float32")', "config.dtype)", "train"),
+    Mutant("products in float32 whatever --dtype says", "train.py",
+           "model.compute_dtype = getattr(torch, config.dtype)",
+           "model.compute_dtype = torch.float32", "train"),
+    Mutant("no weight decay", "train.py", "weight_decay=decay", "weight_decay=0.0", "step"),
+    Mutant("weight decay of norms and biases", "train.py",
+           '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', "step"),
+    Mutant("no clipping", "train.py",
+           "config.grad_clip or math.inf", "math.inf", "step"),
+    Mutant("clipping at 1", "train.py",
+           "config.grad_clip or math.inf", "1.0", "step"),
+    Mutant("--grad-clip 0 clips everything away", "train.py",
+           "config.grad_clip or math.inf", "config.grad_clip", "step"),
+    Mutant("another beta1", "train.py",
+           "(config.adam_beta1, config.adam_beta2)", "(0.9, config.adam_beta2)", "step"),
+    Mutant("another beta2", "train.py",
+           "(config.adam_beta1, config.adam_beta2)", "(config.adam_beta1, 0.999)", "step"),
+    Mutant("another eps", "train.py", "eps=1e-8", "eps=1e-6", "step"),
+    Mutant("the schedule reaches matrices alone", "train.py",
+           'for group in optimizer.param_groups:\n                group["lr"] = lr',
+           'for group in optimizer.param_groups[:1]:\n                group["lr"] = lr', "flags"),
+    Mutant("a warm-up of one step more", "train.py",
+           "config.lr * step / warmup", "config.lr * step / (warmup + 1)", "train"),
+    Mutant("the decay begins one step early", "train.py",
+           "(step - 1 - warmup) / max", "(step - warmup) / max", "train"),
+    Mutant("gradients stay for the next step", "train.py",
+           "    optimizer.step()\n    optimizer.zero_grad(set_to_none=True)\n    return",
+           "    optimizer.step()\n    return", "step train"),
+    Mutant("updates go on after one that is not finite", "train.py",
+           "optimizer.found_inf.maximum(~", "torch.maximum(0 * optimizer.found_inf, ~",
+           "interruption"),
+    Mutant("the trial counts as an update", "train.py",
+           'state["step"].zero_()', "pass", "step"),
+    Mutant("the trial's gradients stay", "train.py",
+           "backward()\n    optimizer.zero_grad(set_to_none=True)\n    text",
+           "backward()\n    text", "step"),
+    Mutant("the smallest micro-batch is tried", "train.py",
+           "parts[tokens.index(max(tokens))]", "parts[tokens.index(min(tokens))]",
+           "distributed train"),
+    # A run.
+    Mutant("--epochs is ignored", "train.py",
+           "c.max_steps or c.epochs * an_epoch", "c.max_steps or an_epoch", "flags"),
+    Mutant("--eval-every is ignored", "train.py",
+           "due(step, config.eval_every)", "due(step, 0)", "flags"),
+    Mutant("--lora-alpha is ignored", "train.py",
+           "model.add_lora(config.lora_rank, config.lora_alpha, config.seed)",
+           "model.add_lora(config.lora_rank, 16.0, config.seed)", "flags"),
+    Mutant("adapters ignore the seed", "train.py",
+           "config.lora_alpha, config.seed)", "config.lora_alpha, 0)", "flags"),
+    Mutant("--chat-template is ignored", "train.py",
+           "    if config.chat_template:", "    if False:", "train"),
+    Mutant("--log-every is ignored", "train.py",
+           "due(step, self.config.log_every)", "due(step, 1)", "train"),
+    Mutant("--activation-checkpointing is ignored", "train.py",
+           "model.checkpointed_blocks = model.config.n_layers if n is True else int(n)",
+           "model.checkpointed_blocks = 0", "flags"),
+    Mutant("--seed does not decide the order", "train.py",
+           "data.epoch_permutation(len(pairs), config.seed, epoch)",
+           "data.epoch_permutation(len(pairs), 42, epoch)", "flags"),
+    Mutant("every epoch in one order", "train.py",
+           "data.epoch_permutation(len(pairs), config.seed, epoch)",
+           "data.epoch_permutation(len(pairs), config.seed, 0)", "train"),
+    Mutant("--max-length beyond the context", "train.py",
+           "config.max_length = min(config.max_length, model.config.max_seq_len)", "pass", "flags"),
+    Mutant("resuming compares lam alone", "train.py",
+           "if name not in free and now !=", 'if name == "lam" and now !=', "flags"),
+    Mutant("evaluation keeps what a backward pass needs", "train.py",
+           "@torch.no_grad()\ndef evaluate(", "def evaluate(", "train"),
+    Mutant("evaluation over some of the pairs", "train.py",
+           "for batch in micro_batches(pairs, config)]\n    reshard",
+           "for batch in micro_batches(pairs, config)[:1]]\n    reshard", "train"),
+    Mutant("metrics of the first micro-batch alone", "train.py",
+           "chosen = torch.cat([o.chosen_logps for o in outputs])",
+           "chosen = torch.cat([outputs[0].chosen_logps for o in outputs])", "train"),
+    Mutant("margins without lam", "train.py",
+           '"rewards/margins": lam * (', '"rewards/margins": (', "train"),
+    Mutant("a substring is an accepted answer", "train.py",
+           "good = [text in pair.accept for",
+           "good = [any(text in x or x in text for x in pair.accept) for", "train"),
+    Mutant("greedy and sampled swapped", "train.py",
+           '(("sampled", 1.0), ("greedy", 0.0))', '(("sampled", 0.0), ("greedy", 1.0))', "train"),
+    Mutant("rows without accept count as wrong", "train.py",
+           "asked = [pair for pair in pairs if pair.accept is not None]",
+           "asked = [pair._replace(accept=pair.accept or []) for pair in pairs]", "train"),
+    Mutant("tokens per second of pairs", "train.py",
+           "self.n_tokens += sum(pair.n_tokens for pair in pairs)", "self.n_tokens += len(pairs)",
+           "flags"),
+    Mutant("tokens per second without the steps between rows", "train.py",
+           "            self.n_tokens, self.flops = 0, 0\n", "", "flags"),
+    Mutant("evaluation counts in tokens per second", "train.py",
+           "self.clock, self.begin = self.clock + pause,", "self.clock, self.begin = self.clock,",
+           "flags"),
+    Mutant("epochs are counted in steps", "train.py",
+           '"epoch": step / self.steps_an_epoch', '"epoch": step / self.n_steps', "train"),
+    Mutant("generation_config swapped", "train.py",
+           '{"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}',
+           '{"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.bos_id}', "train"),
+    Mutant("OUT/config.json with relative paths", "train.py",
+           "settings[name] and str(Path(settings[name]).resolve())", "settings[name]", "flags"),
+    Mutant("gradients are not summed over processes", "train.py",
+           "sum_over_processes([loss, *gradients])", "sum_over_processes([loss])", "distributed"),
+    Mutant("gradients of a sharded model are averaged", "train.py",
+           "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)", "distributed"),
+    Mutant("metrics are not summed over processes", "train.py",
+           "    sum_over_processes([sums])\n", "", "distributed"),
+    # Known to be equivalent: they count apart, and as noticed where a test fails all the same.
+    Mutant("log1mexp changes its form at ln 2 itself", "orpo.py",
+           "near = y > -LN2", "near = y >= -LN2", "orpo",
+           equivalent="at 1 - P = 1/2 both forms have all their digits"),
+    Mutant("a token's first copy starts from a larger number", "model.py",
+           "copies.new_full((n,), len(copies))", "copies.new_full((n,), 2 * len(copies))", "model",
+           equivalent="every token has a copy, and the least of them counts"),
+]
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------------------
+# Running them.
+
+LEFT_OUT = (".*", "__pycache__", "out", "*.egg-info", "node_modules")
+
+
+def planted(mutant: Mutant, root: Path = ROOT) -> str:
+    """The source of mutant.file with the bug in it. Raises ValueError where it does not fit."""
+    source = (root / mutant.file).read_text(encoding="utf-8")
+    if (n := source.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.name}: the old text is {n} times in {mutant.file}, not once")
+    return source.replace(mutant.old, mutant.new)
+
+
+def files_that_notice(mutants: list[Mutant]) -> list[str]:
+    """The test files that should notice any of these, each once."""
+    return list(dict.fromkeys(f"tests/test_{x}.py" for m in mutants for x in m.tests.split()))
+
+
+class Result(NamedTuple):
+    status: str  # "noticed", "SURVIVED", "TIME LIMIT" or "DOES NOT RUN"
+    by: str  # the first test that failed, or the end of what was printed
+    seconds: float
+
+
+# Importing torch takes longer than most of the tests: they run in processes that are forked off one
+# that has imported it, and in which nothing of ours has been imported.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "sentencepiece", "jinja2", "pytest"]
+)
+
+
+def pytest_in(tree: Path, files: list[str], printed: Path):
+    """What a forked process does; it ends with pytest's exit status."""
+    with open(printed, "wb") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.chdir(tree)
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", "-m", "not slow"]
+    sys.exit(int(pytest.main([*options, *files])))
+
+
+def run_tests(tree: Path, files: list[str]) -> Result:
+    """These test files until the first failure, in a process of their own."""
+    begin, printed = time.time(), tree.parent / "printed"
+    process = FORKED.Process(target=pytest_in, args=(tree, files, printed))
+    process.start()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        return Result("TIME LIMIT", "", time.time() - begin)
+    text = printed.read_text(encoding="utf-8", errors="replace")
+    failed = re.findall(r"^(?:FAILED|ERROR) tests/test_(.+?)(?: - |$)", text, re.M)
+    status = {0: "SURVIVED", 1: "noticed"}.get(process.exitcode, "DOES NOT RUN")
+    by = failed[0] if failed else " ".join(text[-200:].split())
+    return Result(status, "" if status == "SURVIVED" else by, time.time() - begin)
+
+
+def run_in_a_copy(trees: queue.Queue, files: list[str], mutant: Mutant | None = None) -> Result:
+    """The same in a copy of the tree that nobody uses now, with a bug in it or without."""
+    tree = trees.get()
+    try:
+        if mutant is None:
+            return run_tests(tree, files)
+        file = tree / mutant.file
+        source = file.read_bytes()
+        file.write_text(planted(mutant, tree), encoding="utf-8")
+        try:
+            return run_tests(tree, files)
+        finally:
+            file.write_bytes(source)
+    finally:
+        trees.put(tree)
+
+
+def report(mutants: list[Mutant], results) -> bool:
+    """Prints a line a bug as it is known, and the score. True where none survives that could be
+    noticed."""
+    width = max(len(m.name) for m in mutants)
+    noticed, survived, equivalent = 0, [], 0
+    for mutant, result in zip(mutants, results, strict=True):
+        text = result.by if result.status == "noticed" else f"{result.status} {result.by}"
+        if result.status == "noticed":
+            noticed += 1
+        elif mutant.equivalent:
+            equivalent += 1
+            text += f"(equivalent: {mutant.equivalent})"
+        else:
+            survived.append(mutant.name)
+        print(
+            f"{mutant.name:<{width}}  {mutant.file:<13}  {result.seconds:4.0f} s  {text}",
+            flush=True,
+        )
+    print(f"\n{noticed} of {noticed + len(survived)} planted bugs are noticed", end="")
+    print(f"; beside them {equivalent} known to be equivalent" if equivalent else "")
+    if survived:
+        print(f"SURVIVED: {'; '.join(survived)}")
+    return not survived
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-k", nargs="+", default=[""], metavar="WORD", help="only these names")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="so many at once")
+    parser.add_argument("--list", action="store_true", help="names and places alone")
+    args = parser.parse_args()
+    mutants = [m for m in MUTANTS if any(word.lower() in m.name.lower() for word in args.k)]
+    if not mutants:
+        parser.error(f"no name contains {' or '.join(args.k)}")
+    if args.list:
+        for mutant in mutants:
+            print(f"{mutant.file:<13}  {mutant.name}")
+        return 0
+    begin = time.time()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # bugs planted within a second would share a .pyc
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        trees = queue.Queue()
+        for i in range(min(args.jobs, len(mutants))):
+            tree = Path(folder) / str(i) / ROOT.name
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
+            trees.put(tree)
+        files = files_that_notice(mutants)
+        passes = pool.map(lambda file: run_in_a_copy(trees, [file]), files)
+        for file, result in zip(files, passes, strict=True):
+            if result.status != "SURVIVED":
+                print(f"{file} does not pass without a bug: {result.by}", file=sys.stderr)
+                return 2
+        print(f"{len(files)} test files pass without a bug: {time.time() - begin:.0f} s\n")
+        results = pool.map(lambda m: run_in_a_copy(trees, files_that_notice([m]), m), mutants)
+        good = report(mutants, results)
+    print(f"{time.time() - begin:.0f} s, {args.jobs} at once")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""One update: gradients of all micro-batches, clipping, and AdamW as its authors write it."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from tests.models import tiny
+from tests.one_step import some_pairs
+
+
+def sharp(dtype: torch.dtype) -> torch.nn.Module:
+    """`tiny` with norms and biases that are not all alike, and its parameters in dtype."""
+    model = tiny(dtype, layer_norm=True, bias=True, qkv_bias=True).to(dtype)
+    with torch.no_grad():
+        for p in train.trainable(model):
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def adamw(p, gradients, lr, beta1, beta2, eps, decay):
+    """Loshchilov and Hutter, arXiv 1711.05101, algorithm 2: one update after another."""
+    m = v = torch.zeros_like(p)
+    for t, g in enumerate(gradients, 1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        p = p - lr * decay * p - lr * m_hat / (v_hat.sqrt() + eps)
+    return p
+
+
+SETTINGS = [
+    {},
+    {"adam_beta1": 0.5},
+    {"adam_beta2": 0.9},
+    {"weight_decay": 0.1},
+    {"grad_clip": 0.3},
+    {"grad_clip": 0.0},  # off
+    {"grad_clip": 1e-6},  # gradients near AdamW's eps of 1e-8
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_three_updates_are_clipped_adamw_by_the_formula(settings):
+    """In float64. Matrices decay, and norms and biases do not."""
+    model, pairs = sharp(torch.float64), some_pairs(6, seed=1)
+    config = train.TrainConfig(lr=1e-2, lam=0.5, dtype="float32", micro_batch_tokens=60, **settings)
+    optimizer = train.make_optimizer(model, config)
+    start = [p.detach().clone() for p in model.parameters()]
+    clipped = [[] for _ in start]
+    for i in range(3):
+        batches = train.micro_batches(pairs[2 * i :][:2], config)
+        sum(train.forward(model, batch, 0.5).loss for batch in batches).backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+        assert norm > 1  # so that it is clipped by default
+        scale = min(1, (config.grad_clip or math.inf) / (norm + 1e-6))  # as PyTorch's
+        for found, p in zip(clipped, model.parameters(), strict=True):
+            found.append(scale * p.grad)
+        model.zero_grad()
+        _, grad_norm = train.training_step(model, optimizer, batches, config)
+        assert float(grad_norm) == pytest.approx(norm, rel=1e-9)
+    betas = settings.get("adam_beta1", 0.9), settings.get("adam_beta2", 0.999)
+    for (name, p), first, gradients in zip(model.named_parameters(), start, clipped, strict=True):
+        decay = settings.get("weight_decay", 0.0) if p.dim() == 2 else 0.0
+        wanted = adamw(first, gradients, 1e-2, *betas, 1e-8, decay)
+        torch.testing.assert_close(p, wanted, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys):
+    """No update counted, no moment, no gradient, no changed weight; and the rate is set back."""
+    model, config = tiny(), train.TrainConfig(lr=1e-2, dtype="float32")
+    optimizer, before = train.make_optimizer(model, config), [p.clone() for p in model.parameters()]
+    plan = SimpleNamespace(largest=some_pairs(3, seed=2), several=several)
+    train.dry_run(model, optimizer, plan, config)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    states = [optimizer.state[p] for p in model.parameters()]
+    assert all(not x.any() for state in states for x in state.values())
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
+    assert "GB at the most in a step" in capsys.readouterr().out
+
+
+def test_in_bfloat16_every_micro_batch_counts_once():
+    """The gradient that an update took in, read from AdamW's first moment: cut or not, the same."""
+    pairs, gradients = some_pairs(6, seed=5), []
+    settings = {"dtype": "bfloat16", "sft_loss": "full", "grad_clip": 0.0}
+    for budget in (10**9, 64):
+        config = train.TrainConfig(micro_batch_tokens=budget, **settings)
+        model, batches = tiny(torch.bfloat16), train.micro_batches(pairs, config)
+        optimizer = train.make_optimizer(model, config)
+        train.training_step(model, optimizer, batches, config)
+        moments = (optimizer.state[p]["exp_avg"] for p in model.parameters())
+        gradients.append(torch.cat([10 * x.flatten() for x in moments]))  # m = (1 - beta1) g
+    whole, cut = gradients
+    assert len(batches) > 2
+    assert (whole - cut).norm() < 0.03 * whole.norm()  # a micro-batch is a sixth or more
