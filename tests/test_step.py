@@ -13,7 +13,7 @@ from tests.one_step import some_pairs
 
 def sharp(dtype: torch.dtype) -> torch.nn.Module:
     """`tiny` with norms and biases that are not all alike, and its parameters in dtype."""
-    model = tiny(dtype, layer_norm=True, bias=True, qkv_bias=True).to(dtype)
+    model = tiny(dtype, layer_norm=True, o_bias=True, mlp_bias=True, qkv_bias=True).to(dtype)
     with torch.no_grad():
         for p in train.trainable(model):
             if p.dim() == 1:
@@ -74,7 +74,7 @@ def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys):
     model, config = tiny(), train.TrainConfig(lr=1e-2, dtype="float32")
     optimizer, before = train.make_optimizer(model, config), [p.clone() for p in model.parameters()]
     plan = SimpleNamespace(largest=some_pairs(3, seed=2), several=several)
-    train.dry_run(model, optimizer, plan, config)
+    train.try_largest(model, optimizer, plan, config)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
     states = [optimizer.state[p] for p in model.parameters()]

@@ -25,6 +25,7 @@ GROUPED = SIZES | {"num_key_value_heads": 2, "rms_norm_eps": 0.05}
 ROPE = {"rope_theta": 100.0}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_type": "llama3"}
+PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 GPT2 = {"vocab_size": 23, "n_layer": 2, "n_positions": 32, "n_embd": 16, "n_head": 4}
 OPT = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
@@ -45,6 +46,11 @@ CASES = {
     ),
     "gpt2": ("GPT2", GPT2 | {"n_inner": 24, "layer_norm_epsilon": 0.05}),
     "opt": ("OPT", OPT | {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "opt-350m": (
+        "OPT",
+        OPT | {"ffn_dim": 24, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+    ),
+    "phi3": ("Phi3", GROUPED | {"partial_rotary_factor": 0.5, "rope_parameters": PARTIAL | ROPE}),
 }
 TOKENS = [7 * i * i % 23 for i in range(21)]
 
