@@ -12,14 +12,10 @@ Part 1 is the objective over mean log-probabilities, part 2 the plain path from 
 part 3 a fast path from hidden states that never keeps a (tokens x vocabulary) tensor. Part 2 is
 the definition; tests/test_orpo.py holds part 3 to it, and `make gradcheck` prints the comparison.
 
-Departures from the paper, each deliberate:
-
-1. The sign: Eq. 8-10 start from +log sigmoid, the ascent direction. Here it is the loss's.
-2. delta carries its inverse, delta = (1 + odds_w/odds_l)^-1 (Eq. 9), which common write-ups drop.
-3. In part 3 L_SFT covers the tokens that `nll_weight` says: the chosen response, or all the tokens
-   of prompt and chosen. That is data, not a mode: the code does not know the difference.
-4. The expectation is over the pairs of an optimizer step, whatever the micro-batches.
-5. At certainty (P = 1) loss and gradient are the limits, where public implementations give NaN.
+Where the paper, TRL and the authors' code differ, README.md lists what is chosen here and why
+(section "Choices"). Two choices are visible in this file: the gradient is the loss's, while Eq. 8-10
+of the paper print the ascent direction; and at certainty (P = 1) loss and gradient are the limits.
+Which tokens L_SFT covers is data (`nll_weight` in part 3), and no mode of the code.
 
 This file imports torch only: copy it into your project.
 """

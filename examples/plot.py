@@ -119,7 +119,10 @@ def draw(runs: dict[str, list[dict]], file: Path):
         for label, _, line, alone in curves if len(curves) > 1 else ():
             ax.plot([], [], line, color=alone if len(runs) == 1 else GREY, label=label)
         ax.set_title(title, fontsize=11, color=GREY)
-        if len(curves) > 1:
+        if curves is ACCEPTED[1]:
+            ax.set_ylim(0, 1.15)  # with room for the legend
+            ax.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+        elif len(curves) > 1:
             ax.legend(frameon=False, fontsize=9)
     for ax in axes[1]:
         ax.set_xlabel("step")
