@@ -4,11 +4,7 @@ Every method has the same packed forward pass, a loss of a few lines, the same p
 order and the same AdamW. DPO and the ratio are here to stand beside ORPO, and nowhere else.
 """
 
-import concurrent.futures
 import itertools
-import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -130,43 +126,3 @@ def fit(method: Method, model, reference, pairs: list[Pair], n_steps: int, confi
             group["lr"] = train.lr_at(step, n_steps, config)
         update(method, model, reference, optimizer, train.step_pairs(pairs, step, config))
         watch(step)
-
-
-# ---------------------------------------------------------------------------------------------
-# Runs that are kept.
-
-
-def pool(n: int):
-    """n processes, each for one run after another; a thread each is fastest at these sizes."""
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(n, mp_context=context)
-
-
-def kept(file: Path, key, make, *arguments) -> dict:
-    """make(*arguments), from the file where an earlier call with the same key has left it."""
-    key = json.loads(json.dumps(key))
-    if file.is_file() and (old := json.loads(file.read_text())).pop("key") == key:
-        return old
-    result = make(*arguments)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(result | {"key": key}))
-    os.replace(temporary, file)
-    return result
-
-
-# ---------------------------------------------------------------------------------------------
-# Intervals.
-
-
-def resampled(values: Tensor, n: int = 2000, seed: int = 0) -> Tensor:
-    """(n, ...): means over the first axis, of `values` (questions, ...), by bootstrap.
-
-    Row 0 is the mean itself. What is compared is resampled together, which makes it paired.
-    """
-    size, generator = len(values), torch.Generator().manual_seed(seed)
-    drawn = torch.randint(size, (n, size), generator=generator)
-    counts = torch.zeros(n, size, dtype=torch.double)
-    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
-    counts[0] = 1
-    return (counts @ values.double().reshape(size, -1) / size).reshape(n, *values.shape[1:])

@@ -45,7 +45,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from methods import Method, fit, kept, logps_of, pool
+from evidence import about_machine, kept, pool
+from methods import Method, fit, logps_of
+from sentiment_report import write_report
 
 import data
 import train
@@ -94,8 +96,8 @@ CLAIMS = {
     ),
     "control": (
         "Without a preference in the labels there is nothing to learn",
-        "ORPO on shuffled labels: the interval of its final score less the base model's lies within "
-        "0.05 of 0.",
+        "ORPO on shuffled labels: the interval of its final score, less the base model's score, "
+        "lies within 0.05 of 0.",
         "The interval lies wholly further from 0 than that.",
     ),
 }
@@ -309,9 +311,9 @@ def file_name(job: Job) -> str:
     return f"{job.kind}-{job.weight:g}-{job.lr:g}{flipped}-seed{job.seed}.json"
 
 
-def experiment(folder: str, out: Path, sizes: Sizes) -> dict[Job, dict]:
-    """All runs; a finished one is read from its file."""
-    jobs, results, start = all_jobs(), {}, time.perf_counter()
+def experiment(folder: str, out: Path, sizes: Sizes) -> tuple[dict[Job, dict], dict]:
+    """All runs, by job, and the evaluation's data; what is finished is read from its file."""
+    jobs, results = all_jobs(), {}
     with pool(2) as workers:
         made = {}
         for seed, n in ((0, sizes.n_evaluated), *((seed, sizes.n_openings) for seed in SEEDS)):
@@ -331,9 +333,7 @@ def experiment(folder: str, out: Path, sizes: Sizes) -> dict[Job, dict]:
             score, kl = (sum(end[k]) / len(end[k]) for k in ("score", "kl"))
             about = f"{job.method}, lr {job.lr:g}, {job.flipped:.0%} flipped, seed {job.seed}"
             print(f"[{i}/{len(jobs)}] {about}: score {score:.3f} at KL {kl:.2f}", flush=True)
-    spent = sum(result["seconds"] for result in results.values())
-    print(f"{time.perf_counter() - start:.0f} s; the runs add up to {spent:.0f} s")
-    return results
+    return results, made[0]
 
 
 def main(argv=None):
@@ -342,10 +342,19 @@ def main(argv=None):
     )
     parser.add_argument("model", metavar="MODEL", help="folder of the base model")
     parser.add_argument("--out", type=Path, default=Path("out/sentiment"), help="finished runs")
-    parser.add_argument("--report", type=Path, help="folder for the figure and the table")
+    parser.add_argument("--report", type=Path, help="table and figure (default: OUT/report)")
     parser.add_argument("--try", dest="small", action="store_true", help="few samples and updates")
     args = parser.parse_args(argv)
-    experiment(args.model, args.out, SMALL if args.small else Sizes())
+    sizes = SMALL if args.small else Sizes()
+    results, evaluation = experiment(args.model, args.out, sizes)
+    scores = torch.tensor(evaluation["scores"]).view(-1, 2)
+    about = {"command": "python examples/sentiment.py MODEL"} | about_machine()
+    about |= {
+        "sizes": sizes._asdict(),
+        "seconds": round(sum(x["seconds"] for x in results.values())),
+    }
+    report = args.report or args.out / "report"
+    write_report(results, CLAIMS, scores.amax(1).mean().item(), about, report)
 
 
 if __name__ == "__main__":
