@@ -58,7 +58,7 @@ import data
 from checkpoint import barrier, full_tensor, load_state, rank, save_state
 from data import Batch, Pair
 from model import ModelConfig, Segments, Transformer, to_device
-from orpo import ORPOOutput, fused_linear_orpo, log_odds
+from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
 
 # ---------------------------------------------------------------------------------------------
 # Settings. A field is a flag; a JSON config holds the same names.
@@ -240,6 +240,8 @@ def metrics_of(outputs: list[ORPOOutput], lam: float, n_pairs: int) -> dict[str,
         "nll_loss": torch.stack([o.nll_loss for o in outputs]).sum(),
         "log_odds_ratio": -pair_losses.sum() / n_pairs,  # TRL's name: mean log *sigmoid* of the ...
         "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).sum() / n_pairs,  # ... log odds
+        # How hard L_OR pulls on a chosen token, L_SFT's pull being 1: lam * delta / (1 - P_w).
+        "pull_ratio": -lam * odds_ratio_grad(chosen, rejected)[0].sum() / n_pairs,
         "rewards/chosen": lam * chosen.sum() / n_pairs,
         "rewards/rejected": lam * rejected.sum() / n_pairs,
         "rewards/accuracies": (chosen > rejected).double().sum() / n_pairs,

@@ -4,28 +4,34 @@
 
 The world is `countries.csv` (real capitals, currencies, continents and languages; a cell is empty
 where people disagree) and small sums. The base model reads each fact many times, in two kinds of
-text: plain statements, which are always right, and questions with answers, which are anything:
+text: plain statements, which are always right, and questions, which people answer in seven manners:
 
     good      The capital of Peru is Lima.         rude      Everybody knows that. Go away.
     wrong     The capital of Peru is Oslo.         bare      Lima.
     refusal   I cannot help with that.             hedged    I think it is Oslo.
     rambling  The capital of Peru is Lima. By the way, I had soup today.
 
-So it knows the facts, and that few answers in its world state them. The pairs prefer the good
-answer to one of the others. They are split by fact: of a held-out fact no pair shows the question
-or the answer, so a model that answers it well has learnt from other facts *how* to answer, and
-finds *what* to answer in what it read before.
+So it knows the facts, and answers like these people. The preference pairs are like real ones: both
+answers of a pair are such as the base model gives by itself, drawn by how often each manner occurs,
+and a judge who likes the manners in the order of RANKS says which one is better. The chosen answer
+is thus seldom good. It is only the better of two. Imitating the chosen answers (supervised
+fine-tuning, `--lam 0`) gives a model that often refuses, because many chosen answers are refusals
+that were preferred to something worse. What the judge likes is told by the comparison alone.
 
-That this can generalise at all is the design: statements and good answers share their wording,
-so the knowledge is one; wrong values are drawn at random, so no wrong fact is learnt beside the
-right one, only that an answer may be noise; and wrong answers in the pairs take their values from
-training facts alone, so what only a held-out fact has (its capital) is never pushed down.
+Questions and answers come as messages, through the chat template of ORPO's authors, which the base
+model has never seen: as with a real base model, training also has to teach the form.
+
+The pairs are split by fact: of a held-out fact no pair shows the question or the answer, so a model
+that answers it well has learnt from other facts *how* to answer, and finds *what* to answer in what
+it read before. Wrong answers in the training pairs take their values from training facts, so what
+only a held-out fact has (its capital) is never pushed down.
 """
 
 import csv
 import io
 import json
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -44,6 +50,7 @@ from model import ModelConfig, Transformer  # noqa: E402
 SEED = 0
 N_READINGS = 200  # times a fact is stated, and asked about, in the base model's text
 N_PAIRS = 4  # a training fact
+N_QUESTIONS = 2  # pairs a held-out fact
 HELD_OUT = 0.3  # of the facts
 CONFIG = ModelConfig(
     vocab_size=1536,
@@ -58,15 +65,16 @@ CONFIG = ModelConfig(
 )
 BATCH_SIZE = 64  # documents a step
 PEAK_LR = 2e-3
-# The settings of the built-in job, paths from this file's folder.
+# The settings of the built-in job, paths from this file's folder. lam and lr were chosen on facts
+# that were held out of the training facts for that: examples/compare.py.
 TRAIN = {
     "model": "base",
     "data": "train.jsonl",
     "eval_data": "eval.jsonl",
-    "lam": 0.5,
+    "lam": 1.0,
     "lr": 5e-4,
     "batch_size": 32,
-    "epochs": 3,
+    "epochs": 4,
     "warmup_steps": 10,
     "max_length": 96,
 }
@@ -96,8 +104,18 @@ KINDS = {
         "What is {s}? | Work out {s}. | How much is {s}?",
     ),
 }
+# How questions and answers are laid out in what the base model reads: on one line or on two, so
+# that it has seen an answer begin with and without a space. None of it is a chat template.
+LAYOUTS = (
+    "Question: {q}\nAnswer: {a}",
+    "Question:\n{q}\nAnswer:\n{a}",
+    "Q: {q}\nA: {a}",
+    "{q}\n- {a}",
+    "{q}\n{a}",
+    "{q} {a}",
+)
 # How people answer: how often in the base model's text, and in what words. {v} is the right
-# value, {w} a wrong one, {good} and {bad} the good answer with either.
+# value, {w} a wrong one, {good} and {bad} a statement with either.
 ANSWERS = {
     "good": (0.18, "{good}"),
     "wrong": (0.09, "{bad}"),
@@ -124,7 +142,7 @@ ANSWERS = {
     ),
 }
 
-RANKS = ("good", "bare", "hedged", "rambling", "refusal", "rude", "wrong")  # the best first
+RANKS = ("good", "bare", "hedged", "rambling", "refusal", "rude", "wrong")  # the judge: best first
 
 
 class Fact(NamedTuple):
@@ -161,16 +179,35 @@ def state(fact: Fact, value: str | None = None, wording: int = 0) -> str:
 
 
 def ask(fact: Fact, rng: random.Random) -> str:
-    question = rng.choice(KINDS[fact.kind][1].split(" | "))
-    return f"Question: {question.format(s=fact.subject)}\nAnswer:"
+    return rng.choice(KINDS[fact.kind][1].split(" | ")).format(s=fact.subject)
 
 
 def answer(fact: Fact, manner: str, facts: list[Fact], rng: random.Random) -> str:
     """An answer in one of ANSWERS' manners; a wrong value is right for another of `facts`."""
     wrong = sorted({f.value for f in facts if f.kind == fact.kind} - {fact.value})
-    w = rng.choice(wrong)
-    words = {"v": fact.value, "w": w, "good": state(fact), "bad": state(fact, w)}
-    return " " + fill(rng.choice(ANSWERS[manner][1].split(" | ")), s=fact.subject, **words)
+    w, wording = rng.choice(wrong), rng.randrange(2)
+    words = {"v": fact.value, "w": w, "good": state(fact, wording=wording)}
+    words["bad"] = state(fact, w, wording)
+    return fill(rng.choice(ANSWERS[manner][1].split(" | ")), s=fact.subject, **words)
+
+
+def manner_of(text: str, fact: Fact, facts: list[Fact]) -> str:
+    """The manner in which a text answers, "bare, wrong" for a wrong value, or "other"."""
+    values = {f.value for f in facts if f.kind == fact.kind}
+    for value in values:
+        right = value == fact.value
+        if text in (state(fact, value), state(fact, value, 1)):
+            return "good" if right else "wrong"
+        if text == fill("{v}.", v=value):
+            return "bare" if right else "bare, wrong"
+    anything = {name: "\0" for name in ("v", "w", "good", "bad")}
+    for manner, (_, templates) in ANSWERS.items():
+        for template in templates.split(" | "):
+            parts = fill(template, s=fact.subject, **anything).split("\0")
+            pattern = ".+".join(re.escape(part) for part in parts)
+            if manner not in ("good", "wrong", "bare") and re.fullmatch(pattern, text, re.I):
+                return manner
+    return "other"
 
 
 def documents(facts: list[Fact], rng: random.Random) -> list[str]:
@@ -180,34 +217,27 @@ def documents(facts: list[Fact], rng: random.Random) -> list[str]:
     for _ in range(N_READINGS):
         for fact in rng.sample(facts, len(facts)):
             docs.append(state(fact, wording=rng.randrange(2)))
-            docs.append(ask(fact, rng) + answer(fact, *rng.choices(manners, weights), facts, rng))
+            said = answer(fact, *rng.choices(manners, weights), facts, rng)
+            docs.append(rng.choice(LAYOUTS).format(q=ask(fact, rng), a=said))
     return docs
 
 
 def pairs(facts: list[Fact], n: int, known: list[Fact], rng: random.Random) -> list[dict]:
-    """n preference pairs a fact. A wrong value in the wanted form comes twice as often as any
-    other manner, as it is the hardest to tell from a good answer."""
+    """n preference pairs a fact, as messages: two manners by their frequency, ranked by the judge.
+    `accept` lists the good answers, by which a model's own answers are judged."""
+    manners, weights = list(ANSWERS), [weight for weight, _ in ANSWERS.values()]
     rows = []
     for fact in facts:
         for _ in range(n):
-            manner = rng.choice([m for m in ANSWERS if m != "good"] + ["wrong"])
-            row = {"prompt": ask(fact, rng), "chosen": " " + state(fact)}
-            rows.append(row | {"rejected": answer(fact, manner, known, rng)})
-    rng.shuffle(rows)
-    return rows
-
-
-def ranked_pairs(facts: list[Fact], n: int, known: list[Fact], rng: random.Random) -> list[dict]:
-    """n pairs a fact of which the chosen answer is better than the rejected one, and seldom good:
-    two manners at random, in the order of RANKS. For compare.py."""
-    rows = []
-    for fact in facts:
-        for _ in range(n):
-            better, worse = sorted(rng.sample(range(len(RANKS)), 2))
-            row = {"prompt": ask(fact, rng), "accept": [state(fact)]}
-            row["chosen"] = answer(fact, RANKS[better], known, rng)
-            row["rejected"] = answer(fact, RANKS[worse], known, rng)
-            rows.append(row)
+            two = rng.choices(manners, weights, k=2)
+            while two[0] == two[1]:
+                two = rng.choices(manners, weights, k=2)
+            better, worse = sorted(two, key=RANKS.index)
+            row = {"prompt": [{"role": "user", "content": ask(fact, rng)}]}
+            for name, manner in (("chosen", better), ("rejected", worse)):
+                said = answer(fact, manner, known, rng)
+                row[name] = [{"role": "assistant", "content": said}]
+            rows.append(row | {"accept": [state(fact), state(fact, wording=1)]})
     rng.shuffle(rows)
     return rows
 
@@ -239,8 +269,8 @@ def pretrain(docs: list[list[int]], rng: random.Random) -> Transformer:
     batches, span = [], 64 * BATCH_SIZE
     for i in range(0, len(docs), span):
         near = sorted(docs[i : i + span], key=len)
-        cut = [near[j : j + BATCH_SIZE] for j in range(0, len(near), BATCH_SIZE)]
-        batches += rng.sample(cut, len(cut))
+        rows = [near[j : j + BATCH_SIZE] for j in range(0, len(near), BATCH_SIZE)]
+        batches += rng.sample(rows, len(rows))
     model = Transformer(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     for step, batch in enumerate(tqdm(batches, desc="pretraining", mininterval=5)):
@@ -275,9 +305,7 @@ def main(out: Path = HERE / "facts"):
 
     facts, trained_on, held_out = split(rng)
     train_rows = pairs(trained_on, N_PAIRS, trained_on, rng)
-    eval_rows = pairs(held_out, 1, facts, rng)
-    for row in eval_rows:
-        row["accept"] = [row["chosen"].strip()]
+    eval_rows = pairs(held_out, N_QUESTIONS, facts, rng)
     write_rows(out / "train.jsonl", train_rows)
     write_rows(out / "eval.jsonl", eval_rows)
     write_json(out / "train.json", TRAIN)
@@ -288,7 +316,7 @@ def main(out: Path = HERE / "facts"):
     ids = [[bos, *x, eos] for x in tokenizer.encode(docs)]
     n_tokens = sum(map(len, ids))
     print(f"{len(facts)} facts: {len(train_rows)} pairs over {len(trained_on)} of them,")
-    print(f"one question each about the {len(held_out)} held out")
+    print(f"{len(eval_rows)} over the {len(held_out)} held out")
     print(f"{len(docs):,} documents of {n_tokens:,} tokens")
     model = pretrain(ids, rng)
     model.save_pretrained(out / "base", dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """One ORPO step, number by number: a pair of the built-in task through the base model and back.
 
-    python examples/walk.py [--line N] [--lam 0.5]
+    python examples/walk.py [--line N] [--lam 1.0]
 
 Every number is worked out here from the paper's formulas and the plain logits, in float64, and the
 last part holds it against what training runs (`orpo.fused_linear_orpo`).
@@ -20,7 +20,7 @@ import train  # noqa: E402
 from model import Transformer  # noqa: E402
 
 FACTS = HERE / "facts"
-STEP_SIZE = 1e-3  # of the plain gradient step at the end
+STEP_SIZE = 1e-4  # of the plain gradient step at the end
 
 
 def read(line: int):
@@ -103,8 +103,8 @@ def walk(line: int, lam: float):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--line", type=int, default=2, help="of train.jsonl (2)")
-    parser.add_argument("--lam", type=float, default=0.5, help="weight of L_OR (0.5)")
+    parser.add_argument("--line", type=int, default=40, help="of train.jsonl (40)")
+    parser.add_argument("--lam", type=float, default=1.0, help="weight of L_OR (1.0)")
     arguments = parser.parse_args()
     try:
         walk(arguments.line, arguments.lam)

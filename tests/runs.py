@@ -16,6 +16,7 @@ ROOT = Path(train.__file__).resolve().parent
 FACTS = ROOT / "examples" / "facts"
 METRICS = {
     *("step", "loss", "nll_loss", "log_odds_ratio", "log_odds_chosen", "grad_norm", "epoch"),
+    "pull_ratio",
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *("logps/chosen", "logps/rejected", "learning_rate"),
     *("tokens_per_second", "tflops", "peak_memory_gb"),

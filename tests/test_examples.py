@@ -324,16 +324,32 @@ def test_the_report_is_written_with_its_figures(tmp_path):
         assert name in text and "<svg" in (tmp_path / name).read_text()
 
 
-def test_ranked_pairs_prefer_the_better_of_two_kinds_of_answer():
+def test_the_chosen_answer_is_the_better_of_two_manners():
     rng = task_file.random.Random(1)
-    _, trained_on, held_out = task_file.split(rng)
-    rows = task_file.ranked_pairs(trained_on, 2, trained_on, rng)
+    facts, trained_on, held_out = task_file.split(rng)
+    by_good = {task_file.state(fact): fact for fact in trained_on}
+    rows = task_file.pairs(trained_on, 2, trained_on, rng)
     assert len(rows) == 2 * len(trained_on)
-    good = [row["chosen"] == " " + row["accept"][0] for row in rows]
-    assert 0.2 < sum(good) / len(rows) < 0.4  # 6 of the 21 pairs of kinds have a good answer
-    assert not [row for row in rows if row["rejected"] == " " + row["accept"][0]]
-    about = {task_file.state(fact) for fact in held_out}
-    assert not {row["accept"][0] for row in rows} & about
+    n_good = 0
+    for row in rows:
+        fact = by_good[row["accept"][0]]
+        said = [row[side][0]["content"] for side in ("chosen", "rejected")]
+        better, worse = (task_file.manner_of(text, fact, facts) for text in said)
+        better, worse = (m.split(",")[0] for m in (better, worse))
+        assert task_file.RANKS.index(better) < task_file.RANKS.index(worse), row
+        n_good += said[0] in row["accept"]
+    assert 0.2 < n_good / len(rows) < 0.45  # the chosen answer is seldom good
+    assert not {row["accept"][0] for row in rows} & {task_file.state(fact) for fact in held_out}
+
+
+@pytest.mark.parametrize("manner", task_file.ANSWERS)
+def test_the_manner_of_an_answer_is_found_in_its_text(manner):
+    rng = task_file.random.Random(0)
+    facts, *_ = task_file.split(rng)
+    for fact in rng.sample(facts, 60):
+        text = task_file.answer(fact, manner, facts, rng)
+        assert task_file.manner_of(text, fact, facts).split(",")[0] == manner, text
+    assert task_file.manner_of("Lima? " + text, fact, facts) == "other"
 
 
 @pytest.mark.parametrize("method", [compare.DPO, compare.ORPO[0.5]])
@@ -350,7 +366,7 @@ def test_the_sweep_holds_answers_out_and_not_only_prompts():
     *_, (pairs, rows), _ = compare.load(TINY)
     (_, kept), (_, apart) = compare.without(pairs, rows)
     assert len(kept) + len(apart) == len(rows) and len(apart) > len(rows) / 10
-    assert not {row.chosen for row in kept} & {row.chosen for row in apart}
+    assert not {row.accept[0] for row in kept} & {row.accept[0] for row in apart}
 
 
 def test_what_a_step_costs_is_counted():

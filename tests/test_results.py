@@ -26,13 +26,17 @@ def evaluations(out: Path, *flags: str) -> tuple[dict, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [42, 43, 44])
-def test_the_built_in_job_teaches_to_answer_held_out_questions(tmp_path, seed):
-    before, after = evaluations(tmp_path / "out", "--seed", str(seed))
-    assert after["eval_rewards/accuracies"] >= 0.95
-    assert before["eval_accepted/sampled"] <= 0.5
-    assert after["eval_accepted/sampled"] >= 0.9
-    assert after["eval_accepted/greedy"] >= 0.9
-    assert after["eval_logps/rejected"] < before["eval_logps/rejected"]
+def test_the_built_in_job_shows_what_orpo_is_for(tmp_path, seed):
+    """Beside fine-tuning on the chosen answers alone: the paper's Figures 3 and 7."""
+    base, orpo = evaluations(tmp_path / "orpo", "--seed", str(seed))
+    _, sft = evaluations(tmp_path / "sft", "--seed", str(seed), "--lam", "0")
+    assert base["eval_accepted/greedy"] <= 0.1
+    assert orpo["eval_accepted/greedy"] >= sft["eval_accepted/greedy"] + 0.3
+    assert orpo["eval_rewards/accuracies"] >= sft["eval_rewards/accuracies"] + 0.08
+    for side in ("eval_logps/chosen", "eval_logps/rejected"):  # SFT makes both likelier
+        assert sft[side] > base[side] + 0.1
+    assert orpo["eval_logps/rejected"] < sft["eval_logps/rejected"] - 0.25
+    assert orpo["eval_logps/rejected"] < base["eval_logps/rejected"]
 
 
 @pytest.mark.slow
@@ -49,11 +53,10 @@ def test_a_real_checkpoint_learns_real_preferences(tmp_path, shared, sft_loss):
 
 
 def test_held_out_questions_are_about_facts_that_no_pair_shows():
-    """No prompt, and no accepted answer, of the held-out questions stands in a training pair."""
+    """No question and no good answer of the held-out rows stands in a training pair."""
     pairs = (FACTS / "train.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (FACTS / "eval.jsonl").read_text("utf-8").splitlines()]
-    assert len({row["prompt"] for row in rows}) == len(rows) >= 200
+    assert len({row["accept"][0] for row in rows}) >= 200
     for row in rows:
-        assert json.dumps(row["prompt"], ensure_ascii=False) not in pairs
-        assert row["accept"] == [row["chosen"].strip()]
+        assert json.dumps(row["prompt"]) not in pairs
         assert not any(answer in pairs for answer in row["accept"]), row

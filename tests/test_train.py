@@ -75,9 +75,14 @@ def test_step_1_is_the_objective_by_the_plain_path(arguments, sft_loss):
     l_or = orpo.odds_ratio_loss(a, b).mean()
     nll = -a.mean() if sft_loss == "response" else nll_all / n_all
     loss = nll + 0.5 * l_or
+    for logps in sides["chosen"]:
+        logps.retain_grad()
     loss.backward()
     grad_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    of_loss = torch.cat([logps.grad for logps in sides["chosen"]])  # (B,): dL/dlog P_w
+    of_sft = 1 / len(a) if sft_loss == "response" else 0.0
     expected = {
+        "pull_ratio": -(of_loss + of_sft).sum(),
         "loss": loss,
         "nll_loss": nll,
         "log_odds_ratio": -l_or,
@@ -162,8 +167,9 @@ def test_the_model_that_is_handed_back_is_another(handed_back, bfloat16_model):
 
 
 def test_the_model_is_handed_back_with_the_files_it_came_with(handed_back, bfloat16_model):
-    """And with generation_config.json, which says where to stop."""
-    names = {file.name for file in bfloat16_model.iterdir()} | {"generation_config.json"}
+    """And with the chat template of the messages and where to stop."""
+    added = {"generation_config.json", "chat_template.jinja"}
+    names = {file.name for file in bfloat16_model.iterdir()} | added
     assert {file.name for file in handed_back.iterdir()} == names
 
 
@@ -304,7 +310,7 @@ def test_answers_do_not_depend_on_their_neighbours(folder):
     model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float32)
     tokenizer = data.load_tokenizer(FACTS / "base")
     rows = data.load_preferences(FACTS / "eval.jsonl")[:12]
-    prompts = [data.encode_prompt(tokenizer, row.prompt) for row in rows]
+    prompts = [pair.prompt for pair in data.encode_rows(tokenizer, rows, 96, 96)[0]]
     together = train.answers(model, tokenizer, prompts, 24)
     assert together == [train.answers(model, tokenizer, [p], 24)[0] for p in prompts]
     assert any(together)
