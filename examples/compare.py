@@ -89,13 +89,13 @@ FLIPS = (0.2, 0.5)
 class Sizes(NamedTuple):
     steps: int = 248  # four epochs, as in the built-in job
     batch_size: int = 32
-    lrs: tuple = (2.5e-4, 5e-4, 1e-3, 2e-3)
-    dpo_lrs: tuple = (3e-6, 1e-5, 3e-5, 1e-4)
+    lrs: tuple = (2.5e-4, 5e-4, 1e-3)  # further ones follow while the best is the last
+    dpo_lrs: tuple = (1e-5, 3e-5, 1e-4)
     dpo_betas: tuple = (0.03, 0.1, 0.3)  # at the best rate of the middle one
     seeds: tuple = (42, 43, 44)
     n_asked: int = 1000  # held-out pairs at most
     k: int = 2  # sampled answers to a question
-    eval_every: int = 31
+    eval_every: int = 31  # updates
 
 
 class Job(NamedTuple):
@@ -243,7 +243,7 @@ def run_all(jobs: list[Job], sizes: Sizes, out: Path, workers) -> dict[Job, dict
 def sweep(sizes: Sizes, out: Path, workers) -> tuple[dict, dict]:
     """(every sweep's scores {method: {lr: score}}, the best {method: lr}), of the first seed.
 
-    DPO starts from SFT at SFT's best rate. Its rate is swept at the middle beta, and the other
+    A sweep is widened until its best rate is not the lowest or the highest, or three times. DPO starts from SFT at SFT's best rate. Its rate is swept at the middle beta, and the other
     betas at the best rate.
     """
     seed = sizes.seeds[0]
@@ -253,11 +253,20 @@ def sweep(sizes: Sizes, out: Path, workers) -> tuple[dict, dict]:
         found = run_all(list(jobs.values()), sizes, out, workers)
         return {lr: found[job]["score"] for lr, job in jobs.items()}
 
-    swept = {method: scores(method, sizes.lrs) for method in (SFT, ORPO, RATIO)}
+    def widened(method, lrs, **more) -> dict[float, float]:
+        found, factor = scores(method, lrs, **more), lrs[-1] / lrs[-2]
+        for _ in range(3):
+            if (lr := best(found)) not in (min(found), max(found)):
+                break
+            beyond = lr * factor if lr == max(found) else lr / factor
+            found |= scores(method, [float(f"{beyond:.2g}")], **more)
+        return found
+
+    swept = {method: widened(method, sizes.lrs) for method in (SFT, ORPO, RATIO)}
     sft_lr = best(swept[SFT])
     dpo = {}
     middle = sizes.dpo_betas[len(sizes.dpo_betas) // 2]
-    dpo[middle] = scores(("DPO", middle), sizes.dpo_lrs, sft_lr=sft_lr)
+    dpo[middle] = widened(("DPO", middle), sizes.dpo_lrs, sft_lr=sft_lr)
     lr = best(dpo[middle])
     for beta in sizes.dpo_betas:
         if beta != middle:
