@@ -243,8 +243,9 @@ def run_all(jobs: list[Job], sizes: Sizes, out: Path, workers) -> dict[Job, dict
 def sweep(sizes: Sizes, out: Path, workers) -> tuple[dict, dict]:
     """(every sweep's scores {method: {lr: score}}, the best {method: lr}), of the first seed.
 
-    A sweep is widened until its best rate is not the lowest or the highest, or three times. DPO starts from SFT at SFT's best rate. Its rate is swept at the middle beta, and the other
-    betas at the best rate.
+    A sweep is widened until its best rate is not the lowest or the highest, or three times. DPO
+    starts from SFT at SFT's best rate. Its rate is swept at the middle beta, and the other betas at
+    the best rate.
     """
     seed = sizes.seeds[0]
 

@@ -163,22 +163,26 @@ def base_rates(found: Found, results: dict) -> str:
     """Good answers split into manner and value and by kind of fact, beside what guessing gives."""
     kinds = list(dict.fromkeys(found.kinds))
     rows = [["greedy answers", "in form", "right value where in form", "good", *kinds]]
+
+    def row(name: str, form: float, good: float, of_kind: list[float]) -> list[str]:
+        value = f"{good / form:.2f}" if form else ""
+        return [name, f"{form:.2f}", value, f"{good:.2f}", *(f"{x:.2f}" for x in of_kind)]
+
     dpo = next(m for m in found.chosen if m[0] == "DPO")
     for setting in (found.best(m) for m in (BASE, SFT, ORPO, RATIO, dpo)):
         form, good = (found.values(setting, k)[0].mean().item() for k in ("form", "greedy"))
-        by_kind = (f"{found.good_of_kind(setting, kind):.2f}" for kind in kinds)
-        value = f"{good / form:.2f}" if form else ""
-        rows.append([title(setting), f"{form:.2f}", value, f"{good:.2f}", *by_kind])
+        of_kind = [found.good_of_kind(setting, kind) for kind in kinds]
+        rows.append(row(title(setting), form, good, of_kind))
     for side, manners in results["pairs' own"].items():
-        of_kind = {
-            k: [m for m, f in zip(manners, results["facts"], strict=True) if f.kind == k]
-            for k in kinds
-        }
+        both = list(zip(manners, results["facts"], strict=True))
         form = sum(m in STATEMENTS for m in manners) / len(manners)
-        good = manners.count("good") / len(manners)
-        by_kind = (f"{x.count('good') / len(x):.2f}" for x in of_kind.values())
-        rows.append([f"the pairs' {side} answers", f"{form:.2f}", f"{good / form:.2f}",
-                     f"{good:.2f}", *by_kind])  # fmt: skip
+        of_kind = []
+        for kind in kinds:
+            answers = [m for m, fact in both if fact.kind == kind]
+            of_kind.append(answers.count("good") / len(answers))
+        rows.append(
+            row(f"the pairs' {side} answers", form, manners.count("good") / len(manners), of_kind)
+        )
     guesses = []
     for kind in kinds:
         seen = Counter(f.value for f in dict.fromkeys(results["trained on"]) if f.kind == kind)
@@ -186,9 +190,8 @@ def base_rates(found: Found, results: dict) -> str:
         asked = [f.value for f in found.facts if f.kind == kind]
         guesses.append((asked.count(guess), len(asked)))
     right, asked = map(sum, zip(*guesses, strict=True))
-    rows.append(["always in form, with the kind's most common value", "1.00",
-                 f"{right / asked:.2f}", f"{right / asked:.2f}",
-                 *(f"{a / b:.2f}" for a, b in guesses)])  # fmt: skip
+    guessed = "in form, with the kind's most common value"
+    rows.append(row(guessed, 1.0, right / asked, [a / b for a, b in guesses]))
     return table(rows)
 
 
