@@ -1,6 +1,7 @@
-"""Memory: which model fits which card, and what loading and saving take.
+"""Memory: which model fits which card, and what loading and saving take. And what a run costs.
 
     python bench/memory.py count [--only NAME]      the table of README and docs: minutes a row
+    python bench/memory.py cost                     operations, hours and disk of 60,000 pairs
     python bench/memory.py dpo                      ORPO's step beside DPO's
     python bench/memory.py load FOLDER              1.1 billion parameters, written to FOLDER first
 
@@ -9,6 +10,10 @@ micro-batches a step, bfloat16 products and float32 sums, as on a GPU. No card i
 training step runs on tensors that have a shape and no content, while PyTorch's MemTracker adds up
 what is alive; a process of several is one beside processes that are not there. It cannot see what
 a card holds besides, CUDA's context and the allocator's gaps, 1 to 3 GB: "fits" allows for 3.
+
+cost: the operations that 60,000 such pairs need, once; the hours that they take where a GPU does
+400 TFLOPS of them a second (40% of what an H100 can do in bfloat16), which is an assumption and not
+a measurement; and what the model and each checkpoint take on disk.
 
 load: peak memory of a process that loads and saves, alone and as one of two (--shard).
 """
@@ -239,6 +244,27 @@ def print_dpo_table():
 
 
 # ---------------------------------------------------------------------------------------------
+# What a run costs.
+
+N_PAIRS, RATE = 60_000, 4e14  # UltraFeedback's; operations a second
+
+
+def print_costs():
+    print("| model | 10^18 operations, an epoch | hours, 1 GPU | 8 GPUs | model | a checkpoint |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, config in SHAPES.items():
+        with torch.device("meta"):
+            model = Transformer(config)
+        n = sum(p.numel() for p in model.parameters())
+        flops = N_PAIRS * model.training_flops([LENGTHS], LENGTHS[1] + LENGTHS[2])
+        hours = flops / RATE / 3600
+        print(
+            f"| {name} | {flops / 1e18:.2f} | {hours:.2f} | {hours / 8:.2f} "
+            f"| {2 * n / GB:.1f} GB | {12 * n / GB:.1f} GB |"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
 # Loading and saving.
 
 LOADED = ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4)
@@ -289,6 +315,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     counting = commands.add_parser("count", help="which model fits which card")
     counting.add_argument("--only", help="rows of this model alone", choices=SHAPES)
+    commands.add_parser("cost", help="operations, hours and disk of 60,000 pairs")
     commands.add_parser("dpo", help="ORPO's step beside DPO's")
     loading = commands.add_parser("load", help="peak memory of loading and saving")
     loading.add_argument("folder", type=Path)
@@ -296,6 +323,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.command == "count":
         print_table(arguments.only)
+    elif arguments.command == "cost":
+        print_costs()
     elif arguments.command == "dpo":
         print_dpo_table()
     elif arguments.dtype:

@@ -99,7 +99,6 @@ def serve(args):
     sys.path.insert(0, str(HERE.parent / "tests" / "peers"))
     import trl_orpo
     from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl.experimental.orpo import ORPOConfig
 
     Trainer = with_liger(trl_orpo.OnIds) if args.serve == "liger" else trl_orpo.OnIds
     turns.imported = memory_gb()
@@ -121,8 +120,11 @@ def serve(args):
     pairs = json.loads(args.pairs.read_text())
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as out:
-        settings = ORPOConfig(
-            out,
+        trainer = trl_orpo.make_trainer(
+            model,
+            pairs,
+            out=out,
+            trainer=Recorded,
             bf16=args.dtype == "bfloat16",
             gradient_checkpointing=args.serve == "trl",
             torch_compile=args.serve == "compiled",
@@ -131,16 +133,7 @@ def serve(args):
             learning_rate=LR,
             beta=LAM,
             lr_scheduler_type="constant",
-            use_cpu=True,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        trainer = Recorded(
-            model,
-            settings,
-            train_dataset=trl_orpo.dataset(pairs),
-            processing_class=trl_orpo.padding_only(),
+            logging_steps=500,  # as installed
         )
         trainer.add_callback(InTurn())
         turns.ready()

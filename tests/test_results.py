@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from bench.peers_politeness import write_split
+from tests.peers.politeness import write_split
 
 ROOT = Path(train.__file__).resolve().parent
 FACTS = ROOT / "examples" / "facts"

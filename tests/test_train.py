@@ -1,5 +1,6 @@
 """The loop: what it writes, that it computes the objective, what it hands back; its settings."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import data
 import orpo
 import train
 from checkpoint import FAMILIES
+from examples import minimal
 from model import ModelConfig, Transformer, rotary
 from tests.layout import segments_of
 from tests.runs import (
@@ -493,3 +495,22 @@ def test_what_a_block_keeps_is_within_15_percent_of_what_autograd_saves(family):
     estimate, entrance = train.block_memory(model, pairs)
     assert out.shape == x.shape and entrance == x.nbytes
     assert estimate + padded == pytest.approx(kept, rel=0.15)
+
+
+def test_minimal_py_takes_the_same_steps():
+    """examples/minimal.py, on padded batches by autograd: the losses of the first ten steps."""
+    config = train.parse(["--device", "cpu"])
+    train.pick_device(config)
+    model, _, train_set, _ = train.load_inputs(config)
+    pairs, optimizer = train_set.pairs, train.make_optimizer(model, config)
+    n_steps, losses = config.epochs * train.steps_in_epoch(pairs, config), []
+    for step in range(1, 11):
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr_at(step, n_steps, config)
+        batches = train.micro_batches(train.step_pairs(pairs, step, config), config)
+        outputs, _ = train.training_step(model, optimizer, batches, config)
+        losses.append(sum(output.loss.item() for output in outputs))
+    settings = json.loads(train.BUILTIN.read_text())
+    plain = minimal.train(train.load_model(config), pairs, settings)
+    assert list(itertools.islice(plain, 10)) == pytest.approx(losses, rel=1e-5)
+    assert losses[9] < losses[0] - 0.1  # they are steps, and not ten times the same

@@ -1,4 +1,4 @@
-"""bench/peers_politeness.py: what the split promises, and the comparison at tiny size."""
+"""tests/peers/politeness.py: what the split promises, and the comparison at tiny size."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from . import tiny
 
-SCRIPT = tiny.ROOT / "bench" / "peers_politeness.py"
+SCRIPT = tiny.ROOT / "tests" / "peers" / "politeness.py"
 
 
 def run(*args):

@@ -1,6 +1,6 @@
 """TRL's ORPOTrainer as one function: weights and token ids in, a dict of metrics a step out.
 
-Used by tests/peers/test_trl.py and bench/peers_politeness.py. TRL's own code computes everything
+Used by tests/peers/test_trl.py and tests/peers/politeness.py. TRL's own code computes everything
 but two things, which `OnIds` replaces so that both sides see the same data: the token ids (TRL
 tokenises prompt and response as one string, so that its last prompt token may differ from ours)
 and the order of the rows (ours depends on seed and epoch alone, TRL's on its sampler).
@@ -85,22 +85,16 @@ def padding_only():
 
 
 def make_trainer(model, pairs, eval_pairs=None, *, out, trainer=OnIds, tokenizer=None, **settings):
-    """An ORPOTrainer in float32 on the CPU. TRL's defaults, bf16 and recomputation, are off."""
-    args = ORPOConfig(
-        output_dir=out,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **{"weight_decay": 0.0, "max_grad_norm": 1.0, **settings},
-    )
+    """An ORPOTrainer; `settings` are ORPOConfig's. Where none are given, it computes in float32 on
+    the CPU without recomputation, and not as TRL's defaults have it."""
+    defaults = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+    defaults |= {"weight_decay": 0.0, "max_grad_norm": 1.0, "logging_steps": 1}
+    quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    on_ids = issubclass(trainer, OnIds)
     made = trainer(
         model=model,
-        args=args,
-        train_dataset=dataset(pairs) if trainer is OnIds else pairs,
+        args=ORPOConfig(output_dir=out, **(defaults | quiet | settings)),
+        train_dataset=dataset(pairs) if on_ids else pairs,
         eval_dataset=dataset(eval_pairs) if eval_pairs else None,
         processing_class=tokenizer or padding_only(),
     )

@@ -1,10 +1,10 @@
 """ORPO on a real checkpoint and real pairs: TRL's ORPOTrainer beside train.py, same settings.
 
-    python bench/peers_politeness.py split PAIRS.jsonl FOLDER
+    python tests/peers/politeness.py split PAIRS.jsonl FOLDER
         writes FOLDER/train.jsonl (900 pairs) and FOLDER/eval.jsonl (the rest); needs no peer
-    python bench/peers_politeness.py compare --model DIR --data PAIRS.jsonl --out FOLDER
+    python tests/peers/politeness.py compare --model DIR --data PAIRS.jsonl --out FOLDER
         splits, runs each side in a process of its own, prints one table
-    python bench/peers_politeness.py trl --model DIR --data FILE --eval-data FILE --out DIR
+    python tests/peers/politeness.py trl --model DIR --data FILE --eval-data FILE --out DIR
         TRL alone, with metrics.jsonl as train.py writes it
 
 Both sides get the same token ids (ours), the same pairs (equal answers dropped, as the paper
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def split(lines: list[str], n_train: int = 900, seed: int = 0) -> tuple[list[str], list[str]]:
