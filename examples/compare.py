@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from compare_report import write_report  # noqa: E402
-from evidence import about_machine, kept, pool  # noqa: E402
+from evidence import PUBLISHED, about_machine, kept, pool  # noqa: E402
 from methods import Method, fit, logps_of  # noqa: E402
 from task import load_facts, manner_of, state  # noqa: E402
 
@@ -310,14 +310,14 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="finished runs")
-    parser.add_argument("--report", type=Path, help="tables and figures (default: OUT/report)")
+    parser.add_argument("--publish", action="store_true", help="into docs/evidence, not OUT/report")
     args = parser.parse_args(argv)
     sizes = Sizes()
     results = compare(sizes, args.out)
     _, _, (_, facts), (_, held_out_facts) = load(sizes)
     results |= {"facts": held_out_facts, "trained on": facts, "pairs' own": own_answers(sizes)}
     results |= {"sizes": sizes._asdict(), "machine": about_machine(), "lr": LR}
-    write_report(results, CLAIMS, args.report or args.out / "report")
+    write_report(results, CLAIMS, PUBLISHED if args.publish else args.out / "report")
 
 
 if __name__ == "__main__":

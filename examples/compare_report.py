@@ -9,7 +9,20 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from evidence import NO, OPEN, YES, interval, resampled, table, text, verdict
+from evidence import (
+    NO,
+    OPEN,
+    PAGE,
+    PUBLISHED,
+    YES,
+    claims_table,
+    interval,
+    resampled,
+    table,
+    text,
+    verdict,
+    write_into,
+)
 from plot import CHOSEN, GREY, OTHER, REJECTED, style
 from torch import Tensor
 
@@ -247,15 +260,17 @@ def draw(found: Found, folder: Path):
 
 
 def write_report(results: dict, claims: dict, folder: Path):
-    """compare.md (verdicts, tables), compare.json (the figures), compare.svg and noise.svg."""
+    """compare.md (verdicts, tables), compare.json (the figures), compare.svg and noise.svg; where
+    the folder is docs/evidence, also the tables on docs/evidence.md."""
     found = Found(results)
     judged = judge(found)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [["claim", "yes if", "no if", "came out", "figures"]]
-    lines += [[claim, yes, no, f"**{judged[key][0]}**", judged[key][1]]
-              for key, (claim, yes, no) in claims.items()]  # fmt: skip
-    parts = table(lines), main_table(found), base_rates(found, results), sweep_table(results)
+    claimed, rates = claims_table(claims, judged), base_rates(found, results)
+    parts = claimed, main_table(found), rates, sweep_table(results)
     (folder / "compare.md").write_text("\n".join(parts), encoding="utf-8")
+    if folder == PUBLISHED:
+        write_into(PAGE, "compare", claimed)
+        write_into(PAGE, "base rates", rates)
     seconds = round(sum(run["seconds"] for runs in found.runs.values() for run in runs))
     numbers = {
         title(setting): {name: found.values(setting, name)[0].tolist() for name in MEASURES}

@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "evidence.md"
+PUBLISHED = ROOT / "docs" / "evidence"  # figures, tables and numbers of the page
+
 
 def pool(n: int):
     """n processes, each for one run after another; a thread each is fastest at these sizes."""
@@ -88,3 +92,22 @@ def text(x: Tensor, digits: int = 3, sign: str = "+") -> str:
 def table(rows: list) -> str:
     rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
+
+
+def claims_table(claims: dict, judged: dict) -> str:
+    """Of {claim: (what is claimed, yes if, no if)} and {claim: (verdict, figures)}."""
+    rows = [["claim", "yes if", "no if", "came out", "figures"]]
+    for key, words in claims.items():
+        came_out, figures = judged[key]
+        rows.append([*words, f"**{came_out}**", figures])
+    return table(rows)
+
+
+def write_into(page: Path, name: str, content: str):
+    """Replaces what stands between <!-- name --> and <!-- /name --> on a page."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(start)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{page}: the marks {start.strip()} and {end} are missing")
+    page.write_text(before + start + content + end + after, encoding="utf-8")

@@ -45,7 +45,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from evidence import about_machine, kept, pool
+from evidence import PUBLISHED, about_machine, kept, pool
 from methods import Method, fit, logps_of
 from sentiment_report import write_report
 
@@ -342,7 +342,7 @@ def main(argv=None):
     )
     parser.add_argument("model", metavar="MODEL", help="folder of the base model")
     parser.add_argument("--out", type=Path, default=Path("out/sentiment"), help="finished runs")
-    parser.add_argument("--report", type=Path, help="table and figure (default: OUT/report)")
+    parser.add_argument("--publish", action="store_true", help="into docs/evidence, not OUT/report")
     parser.add_argument("--try", dest="small", action="store_true", help="few samples and updates")
     args = parser.parse_args(argv)
     sizes = SMALL if args.small else Sizes()
@@ -353,7 +353,7 @@ def main(argv=None):
         "sizes": sizes._asdict(),
         "seconds": round(sum(x["seconds"] for x in results.values())),
     }
-    report = args.report or args.out / "report"
+    report = PUBLISHED if args.publish else args.out / "report"
     write_report(results, CLAIMS, scores.amax(1).mean().item(), about, report)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence import resampled, table, text, verdict
+from evidence import PAGE, PUBLISHED, claims_table, resampled, table, text, verdict, write_into
 from plot import CHOSEN, GREY, OTHER, REJECTED, style
 from torch import Tensor
 
@@ -192,15 +192,16 @@ def draw(found: Found, better_of_two: float, file: Path):
 
 
 def write_report(results: dict, claims: dict, better_of_two: float, about: dict, folder: Path):
-    """sentiment.svg, sentiment.md (verdicts and table) and sentiment.json (every checkpoint)."""
+    """sentiment.svg, sentiment.md (verdicts and table) and sentiment.json (every checkpoint); where
+    the folder is docs/evidence, also the verdicts on docs/evidence.md."""
     found = Found(results)
     judged, rows = judge(found), rows_of(found)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [["claim", "yes if", "no if", "came out", "figures"]]
-    lines += [[claim, yes, no, f"**{judged[key][0]}**", judged[key][1]]
-              for key, (claim, yes, no) in claims.items()]  # fmt: skip
-    page = table(lines) + "\n" + table([list(COLUMNS), *rows])
+    claimed = claims_table(claims, judged)
+    page = claimed + "\n" + table([list(COLUMNS), *rows])
     (folder / "sentiment.md").write_text(page, encoding="utf-8")
+    if folder == PUBLISHED:
+        write_into(PAGE, "sentiment", claimed)
     points = {
         name(setting): {
             k: found.values(setting, k)[0].round(decimals=4).tolist()
