@@ -15,6 +15,22 @@ from plot import CHOSEN, GREY, OTHER, REJECTED, style
 from torch import Tensor
 
 
+def at_equal_kl(a: tuple, b: tuple) -> tuple[Tensor, Tensor]:
+    """What a reads less what b reads at the largest KL that both reach; and that KL.
+
+    a, b: (KL, values), each (resamples, seeds, points); straight lines between the points.
+    """
+    a, b = ([values.numpy() for values in x] for x in (a, b))
+    kl = np.minimum(a[0].max(2), b[0].max(2))  # (resamples, seeds)
+    found = np.empty((2, *kl.shape))
+    for i, (x, y) in enumerate((a, b)):
+        order = x.argsort(2)
+        x, y = (np.take_along_axis(values, order, 2) for values in (x, y))
+        for j in np.ndindex(kl.shape):
+            found[i][j] = np.interp(kl[j], x[j], y[j])
+    return torch.from_numpy(found[0] - found[1]), torch.from_numpy(kl)
+
+
 class Found:
     """The results by setting, a method with its weight, learning rate and share of flips: tensors
     (openings, seeds, points), of which the first point is the base model."""
@@ -48,17 +64,10 @@ class Found:
     def margin(self, setting) -> Tensor:
         return self.end(setting, "chosen") - self.end(setting, "rejected")
 
-    def at_equal_kl(self, a, b, name: str) -> tuple[Tensor, Tensor]:
-        """`name` of a less that of b at the largest KL that both curves reach; and that KL."""
-        kls = [self.values(x, "kl").numpy() for x in (a, b)]
-        ys = [self.values(x, name).numpy() for x in (a, b)]
-        kl = np.minimum(*(x.max(2) for x in kls))  # (resamples, seeds)
-        found = np.empty((2, *kl.shape))
-        for i, (x, y) in enumerate(zip(kls, ys, strict=True)):
-            for j in np.ndindex(kl.shape):
-                order = x[j].argsort()
-                found[i][j] = np.interp(kl[j], x[j][order], y[j][order])
-        return torch.from_numpy(found[0] - found[1]), torch.from_numpy(kl)
+    def ends(self, settings, name: str) -> Tensor:
+        """(resamples, seeds, 1 + settings): the base model, then the end of a run of each."""
+        base = self.values(settings[0], name)[:, :, :1]
+        return torch.cat([base, *(self.values(x, name)[:, :, -1:] for x in settings)], 2)
 
     def win_rate(self, a, b) -> Tensor:
         """Of a's continuations over b's of the same opening, at the end; ties count a half."""
@@ -80,19 +89,29 @@ class Found:
 FLIPPED, SHUFFLED = 0.1, 0.5
 SFT, ORPO = ("SFT", 0.0, 1e-3, FLIPPED), ("ORPO", 0.5, 1e-3, FLIPPED)
 SFT_SLOW, ORPO_SLOW = ("SFT", 0.0, 3e-4, FLIPPED), ("ORPO", 0.5, 3e-4, FLIPPED)
+DPO_SLOW = "DPO", 0.1, 3e-4, FLIPPED
 LOW, HIGH = ("ORPO", 0.1, 1e-3, FLIPPED), ("ORPO", 2.0, 1e-3, FLIPPED)
 CONTROL = ("ORPO", 0.5, 1e-3, SHUFFLED)
 CLOSE = 0.05  # to the base model's score, of the control
 
 
 def judge(found: Found) -> dict[str, tuple[str, str]]:
-    """{claim: (yes, no or not shown, the figures)}, as sentiment.CLAIMS says."""
+    """{claim: (yes, no or not shown, the figures)}, as sentiment.CLAIMS and ADDED say."""
     chosen, rejected = (found.change(SFT, name) for name in ("chosen", "rejected"))
     wider = found.margin(ORPO) - found.margin(SFT)
     falls = -found.change(ORPO, "rejected")
-    fast, kl = found.at_equal_kl(ORPO, SFT, "score")
-    slow, slow_kl = found.at_equal_kl(ORPO_SLOW, SFT_SLOW, "score")
-    second, _ = found.at_equal_kl(ORPO, SFT, "second")
+
+    def curve(setting, name="score"):
+        return found.values(setting, "kl"), found.values(setting, name)
+
+    def ends(*settings):
+        return found.ends(settings, "kl"), found.ends(settings, "score")
+
+    fast, kl = at_equal_kl(curve(ORPO), curve(SFT))
+    slow, slow_kl = at_equal_kl(curve(ORPO_SLOW), curve(SFT_SLOW))
+    second, _ = at_equal_kl(curve(ORPO, "second"), curve(SFT, "second"))
+    last, last_kl = at_equal_kl(ends(ORPO_SLOW, ORPO), ends(SFT_SLOW, SFT))
+    dpo, dpo_kl = at_equal_kl(curve(HIGH), curve(DPO_SLOW))
     steps = [
         found.end(b, name) - found.end(a, name)
         for name in ("score", "kl")
@@ -118,6 +137,8 @@ def judge(found: Found) -> dict[str, tuple[str, str]]:
             verdict(steps),
             "score {} and {}; KL {} and {}".format(*map(text, steps)),
         ),
+        "ends": (verdict([last]), f"KL {last_kl[0].mean():.2f}: {text(last)}"),
+        "dpo": (verdict([dpo]), f"KL {dpo_kl[0].mean():.2f}: {text(dpo)}"),
         "control": (verdict([control + CLOSE, CLOSE - control]), text(control)),
     }
 

@@ -355,10 +355,12 @@ EXPERIMENTS = {
     "second": ({"SFT 0": {"second": 1.2}}, {"SFT 0": {"second": 1.7}}),
     "lam": (ORDERED, ORDERED | {"ORPO 2": {"kl": 6.0, "score": 0.45}}),
     "control": ({"shuffled": {"score": 0.31}}, {"shuffled": {"score": 0.5}}),
+    "ends": ({"SFT 0": {"score": 0.4}}, {"SFT 0": {"score": 0.5, "kl": 2.0}}),
+    "dpo": ({"DPO 0.1": {"score": 0.4}}, {"DPO 0.1": {"score": 0.9}}),
 }
 
 
-@pytest.mark.parametrize("claim", sentiment.CLAIMS)
+@pytest.mark.parametrize("claim", sentiment.CLAIMS | sentiment.ADDED)
 def test_a_verdict_of_the_experiment_can_come_out_either_way(claim):
     yes, no = (
         sentiment_report.judge(sentiment_report.Found(made_up_experiment(**of)))[claim][0]
@@ -368,23 +370,18 @@ def test_a_verdict_of_the_experiment_can_come_out_either_way(claim):
 
 
 def test_scores_at_equal_kl_lie_on_straight_lines_between_checkpoints():
-    """SFT ends at KL 2 with 0.4; ORPO passes KL 2 halfway from 0.3 to 0.5, which is 0.4 too, and
-    halfway from 0.3 to 0.7 with 0.5."""
-    sft, orpo_ = sentiment_report.SFT, sentiment_report.ORPO
-    for score, expected in ((0.5, 0.0), (0.7, 0.1)):
-        results = made_up_experiment(
-            **{"SFT 0": {"kl": 2.0, "score": 0.4}, "ORPO 0.5": {"score": score}}
-        )
-        difference, kl = sentiment_report.Found(results).at_equal_kl(orpo_, sft, "score")
-        torch.testing.assert_close(
-            difference[0], torch.full((3,), expected).double(), atol=1e-3, rtol=0
-        )
-        torch.testing.assert_close(kl[0], torch.full((3,), 2.0).double(), atol=0.01, rtol=0)
+    """One ends at KL 2 with 0.4. The other passes KL 2 halfway from 0.3 to 0.7: with 0.5. Points
+    are read in the order of their KL, whatever the order in training."""
+    x, y = torch.tensor([[[0.0, 4.0, 1.0]]]), torch.tensor([[[0.3, 0.7, 0.4]]])
+    difference, kl = sentiment_report.at_equal_kl(
+        (x, y), (torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[0.3, 0.4]]]))
+    )
+    assert (kl.item(), difference.item()) == (2.0, pytest.approx(0.1))
 
 
 @needs_matplotlib
 def test_the_experiments_report_is_written_with_its_figure(tmp_path):
-    claims = sentiment.CLAIMS
+    claims = sentiment.CLAIMS | sentiment.ADDED
     sentiment_report.write_report(made_up_experiment(), claims, 0.5, {}, tmp_path)
     text = (tmp_path / "sentiment.md").read_text()
     assert all(claim in text for claim, *_ in claims.values())
