@@ -191,8 +191,10 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
         train.training_step(model, optimizer, [batch], settings)  # makes the moments
         reference = None
         if row.reference:
+            torch.set_default_dtype(torch.bfloat16)
             with device:
-                reference = Transformer(config).to(torch.bfloat16).requires_grad_(False)
+                reference = Transformer(config)
+            torch.set_default_dtype(torch.float32)
             reference.compute_dtype = torch.bfloat16
             tracker.track_external(reference)
         tracker.track_external(model, optimizer)
