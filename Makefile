@@ -38,7 +38,7 @@ task: .venv/run  ## rebuild the built-in task: facts, tokenizer, base model, pai
 plot: .venv/dev  ## draw the figure of the last built-in run
 	$(BIN)/python examples/plot.py out/builtin
 
-compare: .venv/dev ## SFT, DPO and ORPO on the built-in task: half an hour (ARGS="--ranked ..." for other pairs)
+compare: .venv/dev ## SFT, DPO, ORPO and the probability ratio on the built-in pairs (docs/evidence.md)
 	$(BIN)/python examples/compare.py $(ARGS)
 
 clean:           ## remove environments, caches and runs

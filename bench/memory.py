@@ -2,6 +2,7 @@
 
     python bench/memory.py count [--only NAME]      the table of README and docs: minutes a row
     python bench/memory.py cost                     operations, hours and disk of 60,000 pairs
+    python bench/memory.py dpo                      ORPO's step beside DPO's
     python bench/memory.py load FOLDER              1.1 billion parameters, written to FOLDER first
 
 count: a row is a model of a published shape, in pairs of UltraFeedback's mean lengths, two
@@ -65,6 +66,7 @@ class Row(NamedTuple):
     tokens: int = 8192  # --micro-batch-tokens
     lora: int = 0
     gpus: int = 1
+    reference: bool = False  # DPO's, frozen in bfloat16, is in memory too
 
     def flags(self) -> str:
         flags = []
@@ -132,14 +134,18 @@ def stand_in_for_kernels():
 
 
 class Twice:
-    """A step's two equal micro-batches: in the second there are gradients."""
+    """A step's two equal micro-batches: in the second there are gradients. A reference model reads
+    each before it is trained on."""
 
-    def __init__(self, batch: data.Batch, tracker: MemTracker):
-        self.batch, self.tracker = batch, tracker
+    def __init__(self, batch: data.Batch, tracker: MemTracker, reference: Transformer | None):
+        self.batch, self.tracker, self.reference = batch, tracker, reference
 
     def __iter__(self):
         for _ in range(2):
             self.tracker.reset_mod_stats()  # without it a module is counted once
+            if self.reference is not None:
+                with torch.no_grad():
+                    train.forward(self.reference, self.batch, lam=0.0)
             yield self.batch
 
 
@@ -183,9 +189,17 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
         model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, row.checkpointed
         optimizer = train.make_optimizer(model, settings)
         train.training_step(model, optimizer, [batch], settings)  # makes the moments
+        reference = None
+        if row.reference:
+            torch.set_default_dtype(torch.bfloat16)
+            with device:
+                reference = Transformer(config)
+            torch.set_default_dtype(torch.float32)
+            reference.compute_dtype = torch.bfloat16
+            tracker.track_external(reference)
         tracker.track_external(model, optimizer)
         with tracker:
-            train.training_step(model, optimizer, Twice(batch, tracker), settings)
+            train.training_step(model, optimizer, Twice(batch, tracker, reference), settings)
     peaks = tracker.get_tracker_snapshot("peak").items()
     (peak,) = (found["Total"] for where, found in peaks if where.type == device.type)
     return peak, train.fixed_memory(*train.count_parameters(model), settings)
@@ -209,6 +223,26 @@ def print_table(only: str | None):
                 f"| {fits[0] if fits else 'none of these'} |",
                 flush=True,
             )
+
+
+DPO_ROWS = [Row("Llama-2-7B", ALL), Row("Mistral-7B", ALL), Row("Mistral-7B", ALL, lora=16)]
+
+
+def print_dpo_table():
+    """ORPO's step beside DPO's. Per pair DPO's loss takes two numbers more than ORPO's, the
+    reference's log-probabilities, and its gradient goes the same way through the fused linear. So
+    ORPO's step stands for DPO's where these are stored; else a reference model comes on top."""
+    print("| model | flags | ORPO, or DPO with the reference's log-probabilities stored, GB "
+          "| DPO with the reference in memory, GB |")  # fmt: skip
+    print("| --- | --- | --- | --- |")
+    for row in DPO_ROWS:
+        config = SHAPES[row.name]
+        orpo, _ = count_apart(config, row)
+        if row.lora:  # with the adapters left out, the model itself is the reference
+            dpo = orpo
+        else:
+            dpo, _ = count_apart(config, row._replace(reference=True))
+        print(f"| {row.name} | {row.flags()} | {orpo / GB:.1f} | {dpo / GB:.1f} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -284,6 +318,7 @@ def main():
     counting = commands.add_parser("count", help="which model fits which card")
     counting.add_argument("--only", help="rows of this model alone", choices=SHAPES)
     commands.add_parser("cost", help="operations, hours and disk of 60,000 pairs")
+    commands.add_parser("dpo", help="ORPO's step beside DPO's")
     loading = commands.add_parser("load", help="peak memory of loading and saving")
     loading.add_argument("folder", type=Path)
     loading.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -292,6 +327,8 @@ def main():
         print_table(arguments.only)
     elif arguments.command == "cost":
         print_costs()
+    elif arguments.command == "dpo":
+        print_dpo_table()
     elif arguments.dtype:
         load_and_save(arguments.folder, arguments.dtype)
     else:

@@ -1,356 +1,286 @@
-"""What `compare.py` found: verdicts on the paper's claims, tables, figures.
+"""What `compare.py` found: a verdict on each of its claims, tables, figures.
 
-A verdict is a function of the measured figures alone and can come out either way. It asks for more
-than chance: see `clear`. The paper's own numbers are of other models and other data, so what is
-compared is which way a thing goes.
+A verdict is a function of the measured figures alone. Intervals are 95%, by bootstrap over the
+held-out facts (all questions about a fact together), paired, of the mean over the seeds.
 """
 
 import json
-import math
-import statistics
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
+import torch
+from evidence import (
+    NO,
+    OPEN,
+    PAGE,
+    PUBLISHED,
+    YES,
+    claims_table,
+    interval,
+    resampled,
+    table,
+    text,
+    verdict,
+    write_into,
+)
 from plot import CHOSEN, GREY, OTHER, REJECTED, style
+from torch import Tensor
 
-SFT, DPO, RATIO = "SFT", "SFT then DPO", "ratio, lam 0.5"
-ORPO = {lam: f"ORPO, lam {lam}" for lam in (0.1, 0.5, 1.0)}
-ONCE = f"{DPO}, reference once"  # its log-probabilities computed before training, then let go
-
-
-class Verdict(NamedTuple):
-    claim: str
-    reproduced: bool
-    figures: str
-
-    def __str__(self):
-        return f"{'REPRODUCED' if self.reproduced else 'NOT REPRODUCED'}: {self.claim}"
+BASE, SFT, ORPO, RATIO = ("base model", 0.0), ("SFT", 0.0), ("ORPO", 1.0), ("ratio", 1.0)
+STATEMENTS = ("good", "wrong")  # the manner that the judge likes best, with either value
 
 
-def clear(differences: list[float]) -> bool:
-    """Above 0 with every seed, and their mean by more than two standard errors."""
-    n, mean = len(differences), statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else 0.0
-    return min(differences) > 0 and mean > 2 * error
+class Found:
+    """The runs by setting (method, learning rate, share of flips); a value a held-out fact."""
+
+    def __init__(self, results: dict):
+        self.runs, self.chosen, self.lr = results["runs"], results["chosen"], results["lr"]
+        self.facts = list(dict.fromkeys(results["facts"]))
+        number = {fact: i for i, fact in enumerate(self.facts)}
+        self.fact_of_pair = torch.tensor([number[fact] for fact in results["facts"]])
+        self.kinds = [fact.kind for fact in self.facts]
+        self.cache = {}
+
+    def best(self, method):
+        """The setting of a method at its own best learning rate."""
+        return method, self.chosen.get(method, 0.0), 0.0
+
+    def at_one_rate(self, method, flips: float = 0.0):
+        return method, self.lr, flips
+
+    def by_fact(self, setting, measure) -> Tensor:
+        """(facts, seeds): measure(run), a number a held-out pair, as a mean over a fact's pairs."""
+        by_seed = []
+        for run in self.runs[setting]:
+            values = torch.tensor([float(x) for x in measure(run)], dtype=torch.double)
+            sums = torch.zeros(len(self.facts), dtype=torch.double)
+            counts = sums.index_add(0, self.fact_of_pair, torch.ones_like(values))
+            by_seed.append(sums.index_add(0, self.fact_of_pair, values) / counts)
+        return torch.stack(by_seed, 1)
+
+    def values(self, setting, name: str) -> Tensor:
+        """(resamples, seeds) of MEASURES[name]."""
+        key = setting, name
+        if key not in self.cache:
+            self.cache[key] = resampled(self.by_fact(setting, MEASURES[name]))
+        return self.cache[key]
+
+    def good_of_kind(self, setting, kind: str) -> float:
+        of_kind = torch.tensor([k == kind for k in self.kinds])
+        return self.by_fact(setting, MEASURES["greedy"])[of_kind].mean().item()
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean and standard deviation over the seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+def margins(run: dict) -> list[float]:
+    return [c - r for c, r in zip(run["chosen"], run["rejected"], strict=True)]
 
 
-def last(runs: list[dict], name: str) -> list[float]:
-    """At the end of training, a value a seed."""
-    return [run["curve"][-1][name] for run in runs]
+def share(name: str, wanted: tuple):
+    """A measure: of the answers to each held-out pair's question, how many are in these manners."""
+    return lambda run: [sum(m in wanted for m in x) / len(x) for x in run[name]]
 
 
-def change(runs: list[dict], name: str) -> list[float]:
-    return [run["curve"][-1][name] - run["curve"][0][name] for run in runs]
+MEASURES = {
+    "chosen": lambda run: run["chosen"],
+    "rejected": lambda run: run["rejected"],
+    "margin": margins,
+    "accuracy": lambda run: [x > 0 for x in margins(run)],
+    "greedy": share("greedy", ("good",)),
+    "sampled": share("sampled", ("good",)),
+    "form": share("greedy", STATEMENTS),
+}
 
 
-def less(a: list[float], b: list[float]) -> list[float]:
-    """a - b, seed by seed."""
-    return [x - y for x, y in zip(a, b, strict=True)]
+def both_rates(found: Found, differences) -> tuple[str, list[list[Tensor]]]:
+    """A verdict that needs yes at each method's best rate and at one rate for all.
+
+    differences(of) gives the differences that should be above 0; of(method) is a setting.
+    """
+    parts = [differences(of) for of in (found.best, found.at_one_rate)]
+    verdicts = [verdict(part) for part in parts]
+    return NO if NO in verdicts else OPEN if OPEN in verdicts else YES, parts
 
 
-def at_each_lr(results: dict, text) -> str:
-    """text(lr) for every learning rate of the sweep, which has one seed."""
-    return "; ".join(f"{lr}: {text(lr)}" for lr in results["sweep"][SFT])
+def judge(found: Found) -> dict[str, tuple[str, str]]:
+    """{claim: (yes, no or not shown, the figures)}, as compare.CLAIMS says."""
+    base = BASE, 0.0, 0.0
+    value = found.values
 
+    def raises(of):
+        return [value(of(SFT), k) - value(base, k) for k in ("chosen", "rejected")]
 
-def swept(results: dict, method: str, lr: str, name: str) -> float:
-    return results["sweep"][method][lr]["curve"][-1][name]
+    def separates(of):
+        wider = value(of(ORPO), "margin") - value(of(SFT), "margin")
+        return [wider, value(of(SFT), "rejected") - value(of(ORPO), "rejected")]
 
+    def better(of):
+        return [value(of(ORPO), "greedy") - value(of(SFT), "greedy")]
 
-def sft_raises_both(results: dict) -> Verdict:
-    """Fig. 3: after SFT on the chosen alone, both are likelier than before."""
-    runs = results["runs"][SFT]
-    up = {name: change(runs, name) for name in ("chosen", "rejected", "near")}
-    highest = [max(row["rejected"] - run["curve"][0]["rejected"] for row in run["curve"])
-               for run in runs]  # fmt: skip
-    start = runs[0]["curve"][0]["rejected"]
-    tried = at_each_lr(results, lambda lr: f"{swept(results, SFT, lr, 'rejected') - start:+.3f}")
-    return Verdict(
-        "SFT raises the log-probabilities of chosen and of rejected (Fig. 3)",
-        clear(up["chosen"]) and clear(up["rejected"]),
-        f"Change of chosen {spread(up['chosen'])}, of rejected {spread(up['rejected'])} (at its "
-        f"highest on the way {spread(highest)}; of rejected answers that begin as the chosen do "
-        f"{spread(up['near'])}). Rejected at each learning rate of the sweep: {tried}",
-    )
+    def ratio(of):
+        lower = value(of(ORPO), "rejected") - value(of(RATIO), "rejected")
+        return [lower - value(of(ORPO), "margin") / 10]
 
+    def gain(flips: float) -> Tensor:
+        pair = (value(found.at_one_rate(m, flips), "greedy") for m in (ORPO, SFT))
+        return next(pair) - next(pair)
 
-def orpo_separates(results: dict) -> Verdict:
-    """Fig. 7, at the lam of 1.0 that it has: the rejected fall and the chosen do not."""
-    runs, sft = results["runs"][ORPO[1.0]], results["runs"][SFT]
-    chosen, rejected = change(runs, "chosen"), change(runs, "rejected")
-    wider = less(last(runs, "margin"), last(sft, "margin"))
-    others = "; ".join(
-        f"lam {lam}: {spread(change(results['runs'][ORPO[lam]], 'chosen'))} and "
-        f"{spread(change(results['runs'][ORPO[lam]], 'rejected'))}"
-        for lam in (0.1, 0.5)
-    )
-    return Verdict(
-        "ORPO separates them: chosen stay or rise, rejected fall, and further than by SFT (Fig. 7)",
-        clear([-x for x in rejected]) and not clear([-x for x in chosen]) and clear(wider),
-        f"Lam 1.0: change of chosen {spread(chosen)}, of rejected {spread(rejected)}; less SFT's, "
-        f"rejected {spread(less(last(runs, 'rejected'), last(sft, 'rejected')))} and margin "
-        f"{spread(wider)}. {others}",
-    )
-
-
-def ratio_over_suppresses(results: dict) -> Verdict:
-    """Sec. 7.1, by more than a tenth of ORPO's margin: less is no over-suppression."""
-    ratio, odds = (last(results["runs"][m], "rejected") for m in (RATIO, ORPO[0.5]))
-    lower, margin = less(odds, ratio), statistics.mean(last(results["runs"][ORPO[0.5]], "margin"))
-
-    def both(lr: str) -> str:
-        return " and ".join(f"{swept(results, m, lr, 'rejected'):.3f}" for m in (RATIO, ORPO[0.5]))
-
-    return Verdict(
-        "the probability ratio pushes the rejected lower than the odds ratio does, by more than a "
-        "tenth of the latter's margin (Sec. 7.1)",
-        clear(lower) and statistics.mean(lower) > margin / 10,
-        f"Rejected at the end {spread(ratio)} by ratio (beta {results['ratio_beta']:g}), "
-        f"{spread(odds)} by odds, lower by {spread(lower)}. Both at equal learning rates: "
-        + at_each_lr(results, both),
-    )
-
-
-def larger_lam_widens(results: dict) -> Verdict:
-    """App. E: the margin at lam 0.1, 0.5 and 1.0, each at its own best learning rate."""
-    margins = {lam: last(results["runs"][name], "margin") for lam, name in ORPO.items()}
-    gains = less(margins[0.5], margins[0.1]), less(margins[1.0], margins[0.5])
-
-    def row(lr: str) -> str:
-        return " < ".join(f"{swept(results, m, lr, 'margin'):.3f}" for m in ORPO.values())
-
-    equal = [all(swept(results, ORPO[b], lr, "margin") > swept(results, ORPO[a], lr, "margin")
-                 for a, b in ((0.1, 0.5), (0.5, 1.0))) for lr in results["sweep"][SFT]]  # fmt: skip
-    return Verdict(
-        "a larger lam widens the margin (App. E)",
-        all(map(clear, gains)),
-        "Margins: "
-        + "; ".join(f"lam {lam} {spread(x)}" for lam, x in margins.items())
-        + f". In this order at {sum(equal)} of {len(equal)} equal learning rates of the sweep: "
-        + at_each_lr(results, row).replace(" < ", ", "),
-    )
-
-
-def cost_of(results: dict, name: str) -> dict:
-    """Medians over all processes that measured it; times in ms, memory in MB (2^20)."""
-    parts = results["cost"][name]
-    seconds = [1000 * s for part in parts for s in part["seconds"]]
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    cpu = statistics.median(1000 * s for part in parts for s in part["cpu_seconds"])
-    found = {"ms": middle, "low": low, "high": high, "cpu": cpu}
-    for key in ("responses", "tokens", "once"):
-        found[key] = statistics.median(part[key] for part in parts)
-    for key in ("tensor", "process", "weight"):
-        found[key] = statistics.median(part[f"{key}_bytes"] for part in parts) / 2**20
-    return found
-
-
-def half_the_forward_passes(results: dict) -> Verdict:
-    """Sec. 7.3: counted passes and tensors of a step, DPO's with its reference in every step."""
-    orpo, sft, dpo, once = (cost_of(results, name) for name in (ORPO[0.5], SFT, DPO, ONCE))
-    return Verdict(
-        "without a reference model: half of DPO's forward passes, less memory (Sec. 7.3)",
-        abs(dpo["responses"] / orpo["responses"] - 2) < 0.02 and orpo["tensor"] < dpo["tensor"],
-        f"Forward passes a pair {orpo['responses']:.2f}, DPO's {dpo['responses']:.2f} (with SFT's "
-        f"half of the run {(sft['responses'] + dpo['responses']) / 2:.2f}); tensors at "
-        f"the peak {orpo['tensor']:.1f} and {dpo['tensor']:.1f} MB (the reference's weights are "
-        f"{orpo['weight']:.1f}); CPU ms a step {orpo['cpu']:.0f} and {dpo['cpu']:.0f}, which "
-        f"is {dpo['cpu'] / orpo['cpu']:.2f} times, as the backward pass is the same. With the "
-        f"reference's log-probabilities computed once: {once['responses']:.2f} and "
-        f"{once['once']:.2f} before training, {once['tensor']:.1f} MB, {once['cpu']:.0f} ms",
-    )
-
-
-def less_alike_across_inputs(results: dict) -> Verdict:
-    """Tab. 4, both of its halves."""
-    figures = {
-        name: [[run[name] for run in results["runs"][m]] for m in (ORPO[0.5], DPO)]
-        for name in ("AID", "PID", "AID raw", "PID raw")
+    said = {}
+    words = {
+        "raises": (raises, "change of chosen {}, of rejected {}"),
+        "separates": (separates, "margin wider by {}, rejected lower by {}"),
+        "better": (better, "{}"),
+        "ratio": (ratio, "rejected lower by a tenth of the margin and {}"),
     }
-    text = "; ".join(f"{name} {spread(a)} and {spread(b)}" for name, (a, b) in figures.items())
-    aid, pid = clear(less(*figures["AID"][::-1])), clear(less(*figures["PID"]))
-    return Verdict(
-        "ORPO's answers are less alike across inputs (AID) than DPO's, more for one (PID) (Tab. 4)",
-        aid and pid,
-        f"AID alone: {'yes' if aid else 'no'}; PID alone: {'yes' if pid else 'no'}. "
-        f"ORPO (lam 0.5) and SFT then DPO: {text}. The chosen answers themselves: "
-        + ", ".join(f"{name} {x:.3f}" for name, x in results["chosen answers"].items()),
-    )
-
-
-def better_than_sft(results: dict) -> Verdict:
-    """Where answers can be checked by the share accepted, else by reward accuracy."""
-    checked = "sampled" in results["runs"][SFT][0]
-
-    def share(method: str) -> list[float]:
-        runs = results["runs"][method]
-        return accepted(runs, "sampled") if checked else last(runs, "accuracy")
-
-    gain = less(share(ORPO[0.5]), share(SFT))
-    others = "; ".join(f"{m} {spread(share(m))}" for m in results["sweep"])
-    return Verdict(
-        "ORPO does better than SFT (Tab. 1 to 3, by judges)",
-        clear(gain),
-        (
-            "sampled answers accepted: "
-            if checked
-            else "reward accuracy, as nobody can check answers: "
+    for key, (differences, form) in words.items():
+        came_out, (own, one) = both_rates(found, differences)
+        said[key] = (
+            came_out,
+            f"own rates: {form.format(*map(text, own))}; "
+            f"lr {found.lr:g}: {form.format(*map(text, one))}",
         )
-        + f"{others}; lam 0.5 over SFT {spread(gain)}",
+    flips = sorted({s[2] for s in found.runs})
+    gains = [gain(share_of) for share_of in flips]
+    said["noise"] = (
+        verdict([gains[0] - gains[-1]]),
+        "gain over SFT in good greedy answers: "
+        + ", ".join(f"{s:.0%} flipped {text(g)}" for s, g in zip(flips, gains, strict=True)),
     )
+    return said
 
 
-VERDICTS = (sft_raises_both, orpo_separates, ratio_over_suppresses, larger_lam_widens,
-            half_the_forward_passes, less_alike_across_inputs, better_than_sft)  # fmt: skip
+# ---------------------------------------------------------------------------------------------
+# Tables.
 
 
-def win_rate(a: list[list[bool]], b: list[list[bool]]) -> float:
-    """Of a over b: an accepted answer beats one that is not; else each gets 1/2."""
-    pairs = [p for x, y in zip(a, b, strict=True) for p in zip(x, y, strict=True)]
-    return statistics.mean(0.5 + (x - y) / 2 for x, y in pairs)
+def title(setting) -> str:
+    (kind, weight), lr, flips = setting
+    if kind == "base model":
+        return kind
+    name = {"DPO": f"SFT then DPO, beta {weight:g}", "SFT": "SFT"}.get(
+        kind, f"{kind}, lam {weight:g}"
+    )
+    return f"{name}, lr {lr:g}" + (f", {flips:.0%} flipped" if flips else "")
 
 
-def accepted(runs: list[dict], name: str) -> list[float]:
-    return [statistics.mean(hit for question in run[name] for hit in question) for run in runs]
+def main_table(found: Found) -> str:
+    columns = [("greedy", "good, greedy", ".2f"), ("sampled", "good, sampled", ".2f")]
+    columns += [("accuracy", "reward accuracy", ".2f"), ("chosen", "log P chosen", ".2f")]
+    columns += [("rejected", "rejected", ".2f"), ("margin", "margin", ".2f")]
+    rows = [["method", *(name for _, name, _ in columns)]]
+    for setting in sorted(found.runs, key=lambda s: s[2]):
+        row = [text(found.values(setting, key), 2, "") for key, _, _ in columns]
+        rows.append([title(setting), *row])
+    return table(rows)
 
 
-def table(rows: list[list]) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
+def base_rates(found: Found, results: dict) -> str:
+    """Good answers split into manner and value and by kind of fact, beside what guessing gives."""
+    kinds = list(dict.fromkeys(found.kinds))
+    rows = [["greedy answers", "in form", "right value where in form", "good", *kinds]]
+
+    def row(name: str, form: float, good: float, of_kind: list[float]) -> list[str]:
+        value = f"{good / form:.2f}" if form else ""
+        return [name, f"{form:.2f}", value, f"{good:.2f}", *(f"{x:.2f}" for x in of_kind)]
+
+    dpo = next(m for m in found.chosen if m[0] == "DPO")
+    for setting in (found.best(m) for m in (BASE, SFT, ORPO, RATIO, dpo)):
+        form, good = (found.values(setting, k)[0].mean().item() for k in ("form", "greedy"))
+        of_kind = [found.good_of_kind(setting, kind) for kind in kinds]
+        rows.append(row(title(setting), form, good, of_kind))
+    for side, manners in results["pairs' own"].items():
+        both = list(zip(manners, results["facts"], strict=True))
+        form = sum(m in STATEMENTS for m in manners) / len(manners)
+        of_kind = []
+        for kind in kinds:
+            answers = [m for m, fact in both if fact.kind == kind]
+            of_kind.append(answers.count("good") / len(answers))
+        rows.append(
+            row(f"the pairs' {side} answers", form, manners.count("good") / len(manners), of_kind)
+        )
+    guesses = []
+    for kind in kinds:
+        seen = Counter(f.value for f in dict.fromkeys(results["trained on"]) if f.kind == kind)
+        guess = seen.most_common(1)[0][0]
+        asked = [f.value for f in found.facts if f.kind == kind]
+        guesses.append((asked.count(guess), len(asked)))
+    right, asked = map(sum, zip(*guesses, strict=True))
+    guessed = "in form, with the kind's most common value"
+    rows.append(row(guessed, 1.0, right / asked, [a / b for a, b in guesses]))
+    return table(rows)
 
 
-def as_markdown(results: dict, verdicts: list[Verdict]) -> str:
-    """The README.md of a comparison, top to bottom: what ran, the tables, the verdicts."""
-    task, machine, runs = results["task"], results["machine"], results["runs"]
-    seconds, checked, lrs = results["seconds"], task["checked"], results["lr"]
-    text = [
-        "# SFT, DPO, ORPO, and the probability ratio\n",
-        f"Base model `{task['model']}`, pairs `{task['train']}`, {task['steps']} updates of "
-        f"{task['batch_size']} pairs for every method ({DPO}: half of them for each phase, "
-        f"beta {results['dpo_beta']:g}; the ratio's beta {results['ratio_beta']:g}). Means and "
-        f"standard deviations over the seeds {', '.join(map(str, task['seeds']))}, at the best of "
-        f"{len(task['lrs'])} learning rates (the same for all, one seed, chosen by "
-        + ("answers to" if checked else "each method's own loss on")
-        + " training pairs held out for that). `examples/compare.py` wrote this file.\n",
-        f"`{machine['command']}`, {machine['date']}, {machine['cpu']}, {machine['cores']} cores, "
-        f"Python {machine['python']}, torch {machine['torch']}. It took "
-        f"{seconds['by the clock']:.0f} s by the clock; the runs, two at a time, add up to "
-        f"{seconds['all runs, added up']:.0f} s.\n",
-        "## The paper's claims\n",
-        "Reproduced means: the same sign with every seed, and by more than two standard errors.\n",
-        *(f"{i}. **{verdict}.** {verdict.figures}.\n" for i, verdict in enumerate(verdicts, 1)),
-        "## Held out, after training\n",
-    ]
-    shares = ["accepted, sampled", "accepted, greedy"] if checked else []
-    names = ["chosen", "rejected", "margin"]
-    similar = ["PID", "AID", "PID raw", "AID raw"]
-    rows = [["method", "lr", *shares, "reward accuracy", *names, *similar]]
-    for method, found in runs.items():
-        row = [method, f"{lrs[method]:g}" if method in lrs else ""]
-        row += [spread(accepted(found, name)) for name in ("sampled", "greedy")[: len(shares)]]
-        row += [spread(last(found, name)) for name in ("accuracy", *names)]
-        rows.append(row + [spread([run[name] for run in found]) for name in similar])
-    text += [
-        table(rows),
-        "Log-probabilities are means over a response's tokens, for every method; reward accuracy "
-        "is the share of pairs whose chosen one is the higher. PID and AID (Eq. 12 to 15, lower is "
-        f"more diverse): mean pairwise cosine of the {results['k']} answers to a question, and of "
-        "one answer each to all questions. The paper embeds answers by Gemini; here an embedding "
-        "is the base model's last hidden state, a mean over the answer's tokens, which is more of "
-        "wording and subject than of meaning. In PID and AID the mean embedding of the held-out "
-        "pairs' own answers, the same for all, is taken off first: raw, all cosines are high.\n",
-    ]
-    if checked:
-        rows = [["win rate of ... over", *task["methods"]]]
-        for a in task["methods"]:
-            row = [a]
-            for b in task["methods"]:
-                both = zip(runs[a], runs[b], strict=True)
-                row.append(
-                    ""
-                    if a == b
-                    else spread([100 * win_rate(x["sampled"], y["sampled"]) for x, y in both], 1)
-                )
-            rows.append(row)  # fmt: skip
-        text += ["Win rates in %, sampled answers, by the checker (ties 1/2):\n", table(rows)]
-    rows = [["method", "ms a step (quartiles)", "CPU ms", "forward passes a pair", "tokens a pair",
-             "tensors at the peak, MB", "process grows by, MB"]]  # fmt: skip
-    for name in results["cost"]:
-        c = cost_of(results, name)
-        passes = f"{c['responses']:.2f}" + (f" + {c['once']:.2f} once" if name == ONCE else "")
-        numbers = (f"{c[key]:.1f}" for key in ("tokens", "tensor", "process"))
-        time = f"{c['ms']:.0f} ({c['low']:.0f} to {c['high']:.0f})"
-        rows.append([name, time, f"{c['cpu']:.0f}", passes, *numbers])
-    ends = task["lrs"][0], task["lrs"][-1]
-    edge = [m for m, lr in lrs.items() if lr in ends and len(task["lrs"]) > 1]
-    text += [
-        "## What a step costs\n",
-        table(rows),
-        f"Each in three processes of its own, alone, one thread; of {DPO} the second phase (the "
-        "first is SFT's). A forward pass is one response with its prompt, counted where it enters "
-        "the model; the packed layout computes a prompt once for both of its responses, so tokens "
-        "say more about time. Tensors: the peak of one step by torch's MemTracker, with weights, "
-        "gradients and Adam's moments. Process: how far its largest resident size came above that "
-        "with model and pairs loaded; PyTorch's own buffers are a part of it.\n",
-        "## The sweep\n",
-        table([["score at lr", *results["sweep"][SFT]]]
-              + [[m, *(f"**{x['score']:.3f}**" if float(lr) == lrs[m] else f"{x['score']:.3f}"
-                       for lr, x in by_lr.items())] for m, by_lr in results["sweep"].items()]),
-        ("Share of accepted answers, sampled once" if checked else "Minus the method's own loss")
-        + " (the best in bold; of equals the smallest rate). "
-        + (f"Best at an end of the grid, perhaps beyond: {', '.join(edge)}.\n" if edge else "\n"),
-        "![log-probabilities of chosen and rejected through training](logps.svg)\n",
-        "![margin for lam 0.1, 0.5 and 1.0 through training](margin.svg)",
-    ]  # fmt: skip
-    return "\n".join(text) + "\n"
+def sweep_table(results: dict) -> str:
+    lrs = sorted({lr for by_lr in results["swept"].values() for lr in by_lr})
+    rows = [["good, greedy, on held-out training facts", *(f"{lr:g}" for lr in lrs)]]
+    for method, by_lr in results["swept"].items():
+        best = results["chosen"].get(method)
+        cells = [f"{by_lr[lr]:.2f}" if lr in by_lr else "" for lr in lrs]
+        cells = [f"**{c}**" if lr == best else c for c, lr in zip(cells, lrs, strict=True)]
+        rows.append([title((method, 0, 0)).split(", lr")[0], *cells])
+    return table(rows)
 
 
-def draw(results: dict, folder: Path):
-    """logps.svg: a panel a method, a line a seed. margin.svg: ORPO's lam."""
+# ---------------------------------------------------------------------------------------------
+# Figures.
+
+
+def draw(found: Found, folder: Path):
+    """compare.svg: log-probabilities through training. noise.svg: good answers against flips."""
     plt = style("svg")
-    panels = {SFT: "SFT", DPO: "SFT, then DPO", ORPO[0.5]: "ORPO, lam 0.5",
-              RATIO: "probability ratio, lam 0.5"}  # fmt: skip
-    figure, axes = plt.subplots(1, 4, figsize=(8.4, 2.7), sharey=True, layout="constrained")
-    for ax, (method, title) in zip(axes, panels.items(), strict=True):
+    dpo = next(m for m in found.chosen if m[0] == "DPO")
+    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.9), sharey=True, layout="constrained")
+    for ax, method in zip(axes, (SFT, ORPO, RATIO, dpo), strict=True):
+        setting = found.best(method)
         for name, colour, line in (("chosen", CHOSEN, "-"), ("rejected", REJECTED, "--")):
-            for run in results["runs"][method]:
+            for run in found.runs[setting]:
                 steps = [row["step"] for row in run["curve"]]
                 ax.plot(steps, [row[name] for row in run["curve"]], line, color=colour, lw=1.1)
             ax.plot([], [], line, color=colour, label=name)
-        if method == DPO:
-            ax.axvline(results["task"]["steps"] // 2, color=GREY, lw=0.8, ls=":")
-        ax.set_title(title, fontsize=10, color=GREY)
-        ax.set_xlabel("step")
+        ax.set_title(title(setting).replace(", lr", "\nlr"), fontsize=10, color=GREY)
+        ax.set_xlabel("update")
     axes[0].set_ylabel("log-probability of a token")
     axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(folder / "logps.svg", transparent=True, metadata={"Date": None})
+    figure.savefig(folder / "compare.svg", transparent=True, metadata={"Date": None})
 
-    figure, ax = plt.subplots(figsize=(5, 3.1), layout="constrained")
-    for (lam, method), colour in zip(ORPO.items(), (OTHER, CHOSEN, REJECTED), strict=True):
-        for run in results["runs"][method]:
-            steps = [row["step"] for row in run["curve"]]
-            ax.plot(steps, [row["margin"] for row in run["curve"]], color=colour, lw=1.1)
-        ax.plot([], [], color=colour, label=f"lam {lam}, lr {results['lr'][method]:g}")
-    ax.set_title("log P(chosen) - log P(rejected), held out", fontsize=10, color=GREY)
-    ax.set_xlabel("step")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(folder / "margin.svg", transparent=True, metadata={"Date": None})
+    flips = sorted({s[2] for s in found.runs})
+    figure, ax = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
+    for method, colour, marker in ((SFT, OTHER, "o"), (ORPO, CHOSEN, "s")):
+        values = [found.values(found.at_one_rate(method, x), "greedy") for x in flips]
+        means = [x[0].mean().item() for x in values]
+        ends = [interval(x) for x in values]
+        errors = [[m - low for m, (low, _) in zip(means, ends, strict=True)],
+                  [high - m for m, (_, high) in zip(means, ends, strict=True)]]  # fmt: skip
+        label = title((method, 0, 0)).split(", lr")[0]
+        x = [100 * share_of for share_of in flips]
+        ax.errorbar(x, means, errors, color=colour, marker=marker, capsize=3, label=label)
+    ax.set_xlabel("labels flipped, %")
+    ax.set_ylabel("good greedy answers")
+    ax.set_ylim(0, 1)
+    ax.legend(frameon=False, fontsize=9)
+    figure.savefig(folder / "noise.svg", transparent=True, metadata={"Date": None})
 
 
-def write_report(results: dict, folder: Path):
-    """README.md, results.json with the verdicts, and two figures; prints the verdicts."""
-    verdicts = [judge(results) for judge in VERDICTS]
+def write_report(results: dict, claims: dict, folder: Path):
+    """compare.md (verdicts, tables), compare.json (the figures), compare.svg and noise.svg; where
+    the folder is docs/evidence, also the tables on docs/evidence.md."""
+    found = Found(results)
+    judged = judge(found)
     folder.mkdir(parents=True, exist_ok=True)
-    for verdict in verdicts:
-        print(f"{verdict}\n    {verdict.figures}")
-    results |= {"verdicts": [verdict._asdict() for verdict in verdicts]}
-    (folder / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(as_markdown(results, verdicts), encoding="utf-8")
-    draw(results, folder)
-    print(f"wrote {folder}/README.md, results.json, logps.svg, margin.svg")
+    claimed, rates = claims_table(claims, judged), base_rates(found, results)
+    parts = claimed, main_table(found), rates, sweep_table(results)
+    (folder / "compare.md").write_text("\n".join(parts), encoding="utf-8")
+    if folder == PUBLISHED:
+        write_into(PAGE, "compare", claimed)
+        write_into(PAGE, "base rates", rates)
+    seconds = round(sum(run["seconds"] for runs in found.runs.values() for run in runs))
+    numbers = {
+        title(setting): {name: found.values(setting, name)[0].tolist() for name in MEASURES}
+        for setting in found.runs
+    }
+    about = {"command": "python examples/compare.py", "sizes": results["sizes"]}
+    about |= results["machine"] | {"seconds of all runs but the sweep's": seconds}
+    kept = {"about": about, "verdicts": judged, "by seed": numbers}
+    (folder / "compare.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    draw(found, folder)
+    for key, (claim, *_) in claims.items():
+        print(f"{judged[key][0].upper()}: {claim}\n    {judged[key][1]}")
+    print(f"wrote {folder}/compare.md, compare.json, compare.svg, noise.svg")
