@@ -12,7 +12,7 @@ Part 1 is the objective over mean log-probabilities, part 2 the plain path from 
 part 3 a fast path from hidden states that never keeps a (tokens x vocabulary) tensor. Part 2 is
 the definition; tests/test_orpo.py holds part 3 to it, and `make gradcheck` prints the comparison.
 
-README.md lists where the paper, TRL and the authors' code differ, and what is chosen here ("Choices").
+README.md ("Choices") lists where the paper, TRL and the authors' code differ, and what is done.
 Two choices are visible in this file. The gradient is that of the loss, while Eq. 8-10 of the paper
 print the ascent direction. At certainty (P = 1) loss and gradient are the limits. Which tokens
 L_SFT covers is data (`nll_weight` in part 3), and no mode of the code.
