@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,7 +107,8 @@ def test_every_script_of_a_command_is_there():
     for name, text in TEXTS.items():
         for line in commands(text, "sh", "bash"):
             for script in re.findall(r"(?:^|\s)((?:[\w-]+/)*[\w-]+\.(?:py|sh))\b", line):
-                assert (ROOT / script).is_file() or script.isupper(), f"{name}: {line}"
+                is_a_placeholder = Path(script).stem.isupper()
+                assert (ROOT / script).is_file() or is_a_placeholder, f"{name}: {line}"
 
 
 @pytest.mark.slow
