@@ -183,7 +183,7 @@ LOOKS = {("SFT", 0.0): (OTHER, "o"), ("ORPO", 0.1): ("#9bd1b1", "s"), ("ORPO", 0
 
 
 def draw(found: Found, better_of_two: float, file: Path):
-    """Score and second scorer against KL; a line a seed, a marker a checkpoint."""
+    """Score and second scorer against KL; a line a seed, a marker a checkpoint, the last large."""
     plt = style("svg")
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.6), layout="constrained")
     panels = (("score", 1e-3, "VADER score, lr 1e-3"), ("score", 3e-4, "VADER score, lr 3e-4"),
@@ -194,11 +194,15 @@ def draw(found: Found, better_of_two: float, file: Path):
             colour = GREY if setting[3] == SHUFFLED else colour
             kl, y = (found.values(setting, k)[0] for k in ("kl", measured))
             for a, b in zip(kl, y, strict=True):
-                ax.plot(a, b, color=colour, marker=marker, ms=3.5, lw=0.9, alpha=0.85)
+                ax.plot(a, b, color=colour, marker=marker, ms=2.5, lw=0.8, alpha=0.45)
+                ax.plot(a[-1], b[-1], color=colour, marker=marker, ms=6)
         if measured == "score":
             kl = math.log(2) - 0.5  # of the better of two samples, without training
             ax.plot(kl, better_of_two, "*", color=GREY, ms=9)
         ax.set_title(title, fontsize=10, color=GREY)
+        ax.set_xscale("function", functions=(np.sqrt, np.square))  # reward grows about so
+        ax.set_xlim(0, 110 if lr == 1e-3 else 16)
+        ax.set_xticks([0, 1, 5, 10, 20, 50, 100] if lr == 1e-3 else [0, 1, 2, 5, 10, 15])
         ax.set_xlabel("KL to the base model, nats")
     handles = [
         plt.Line2D([], [], color=c, marker=m, ms=5, label=name((*key, 0, FLIPPED))[:-6])

@@ -1,6 +1,7 @@
 """The comparisons of docs/evidence.md: compare.py, sentiment.py, and what they share."""
 
 import concurrent.futures
+import json
 import math
 import sys
 from importlib.util import find_spec
@@ -140,6 +141,24 @@ def test_a_finished_run_is_not_repeated_but_for_another_key(tmp_path):
     assert evidence.kept(file, ["key", 1], make, 2) == {"found": 1}
     assert evidence.kept(file, ["key", 2], make, 3) == {"found": 3}
     assert calls == [1, 3]
+
+
+def test_the_page_says_what_the_published_numbers_say():
+    page = evidence.PAGE.read_text(encoding="utf-8")
+    files = list(evidence.PUBLISHED.glob("*.json"))
+    assert files
+    for file in files:
+        for came_out, figures in json.loads(file.read_text(encoding="utf-8"))["verdicts"].values():
+            assert f"| **{came_out}** | {figures} |" in page
+
+
+def test_a_table_replaces_what_stands_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
+    evidence.write_into(page, "x", "| new |\n")
+    assert page.read_text() == "a\n<!-- x -->\n| new |\n<!-- /x -->\nb\n"
+    with pytest.raises(ValueError, match=r"page.md: the marks <!-- y --> and <!-- /y --> are miss"):
+        evidence.write_into(page, "y", "")
 
 
 # ---------------------------------------------------------------------------------------------
