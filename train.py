@@ -7,8 +7,8 @@
     torchrun --nproc-per-node N train.py ...               the same steps over N processes
     python train.py --model DIR --eval-data FILE --eval-only
 
-The first half of this file is the method: settings, the parts of a step, and `train` with the loop.
-The second half, behind a ruler, is engineering: processes, loading, the plan, the log, signals.
+The first quarter of this file is the method: settings, the parts of a step, and `train` with the
+loop. The rest, behind a ruler, is engineering: processes, loading, the plan, the log, signals.
 
 What runs in which dtype:
 
@@ -502,6 +502,8 @@ def pick_device(config: TrainConfig) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
     several = "WORLD_SIZE" in os.environ  # torchrun says so
+    if config.eval_only and not several:  # how the run trained, as its config.json says
+        config.shard = False
     if config.shard and not several:
         raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")
     if device.type == "cuda":
@@ -891,11 +893,13 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
 
 
 def settings_of(config: TrainConfig) -> dict:
-    """The flags as --config takes them from any folder, less --out and --resume."""
+    """The flags as --config takes them from any folder, on any machine: less --out, --resume and
+    --device."""
     settings = dataclasses.asdict(config) | {
         name: str(Path(path).resolve()) for name in PATHS if (path := getattr(config, name))
     }
-    return {name: value for name, value in settings.items() if name not in ("out", "resume")}
+    left_out = ("out", "resume", "device")
+    return {name: value for name, value in settings.items() if name not in left_out}
 
 
 def write_row(out: Path | None, row: dict):

@@ -11,6 +11,7 @@ was evaluated at three steps or more has its bold lines through the dots.
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 GREY = "#808080"  # readable on white and on black, as is no background at all
@@ -140,6 +141,9 @@ def main():
     parser.add_argument("out", nargs="+", type=Path, help="folder of a run, at most four")
     parser.add_argument("--save", type=Path, help="SVG or PNG (default: OUT/curves.svg)")
     args = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        print("plot.py: matplotlib is not installed: pip install matplotlib", file=sys.stderr)
+        sys.exit(2)
     try:
         names = [out.name for out in args.out[:4]]
         same = len(set(names)) < len(names)  # a/run and b/run need their whole paths

@@ -165,3 +165,15 @@ def test_tokens_per_second_are_of_all_steps_since_the_row_before_and_of_no_evalu
         n_tokens = sum(sum(pair.lengths) for step in two for pair in step)
         assert row["tokens_per_second"] == pytest.approx(n_tokens / 4)
     assert [row["step"] for row in rows] == [2, 4, 6] and clock[0] == 3012
+
+
+def test_the_settings_of_a_run_serve_on_another_machine(whole, tmp_path, capsys):
+    """Without its device; and a run that was sharded is evaluated by one process."""
+    settings = json.loads((whole.out / "config.json").read_text())
+    assert "device" not in settings and settings["dtype"] == "float32"
+    (tmp_path / "sharded.json").write_text(json.dumps(settings | {"shard": True}))
+    flags = ["--model", str(whole.out / "model"), "--eval-only", "--device", "cpu"]
+    capsys.readouterr()
+    train.main(["--config", str(tmp_path / "sharded.json"), *flags])
+    row = json.loads(capsys.readouterr().out)
+    assert row["eval_loss"] == pytest.approx(evaluations(whole.rows)[-1]["eval_loss"], rel=1e-6)
