@@ -1,7 +1,6 @@
 """What the README promises of whole runs: heavy, so `make test-slow` runs them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,7 @@ FACTS = ROOT / "examples" / "facts"
 def evaluations(out: Path, *flags: str) -> tuple[dict, dict]:
     """Runs train.py as a person does; its evaluation before the first and after the last step."""
     words = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--device", "cpu", *flags]
-    # A thread each, as tests run side by side: threads that wait for one another take all cores.
-    one = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=one)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     first, *_, last = (row for row in rows if "eval_loss" in row)
