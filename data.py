@@ -267,68 +267,6 @@ def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progre
     return pairs, dropped
 
 
-@dataclass
-class PairSet:
-    """Pairs, and what there is to say of them, some lines of text."""
-
-    pairs: list[Pair]
-    about: str = ""
-
-
-def make_pairs(rows, tokenizer, max_length: int, max_prompt_length: int, progress=iter) -> PairSet:
-    """The pairs that train.py trains on and data.py shows, of the rows of one file.
-
-    max_length is not above the model's context. Raises ValueError with the file's name.
-    """
-    if not rows:
-        return PairSet([])
-    file = rows[0].where.rpartition(":")[0]
-    try:
-        pairs, dropped = encode_rows(tokenizer, rows, max_length, max_prompt_length, progress)
-    except ValueError as error:
-        raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
-    forms = " and ".join(dict.fromkeys(row.form for row in rows))
-    lengths = np.array([pair.lengths for pair in pairs]).mean(0)
-    chosen, rejected = (sum(pair.cut[i] for pair in pairs) for i in (0, 1))
-    about = [
-        f"{file}: {forms}",
-        f"{len(pairs)} pairs of {len(rows)}; dropped: {describe(dropped)}",
-        "mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths),
-        f"cut to {max_length} tokens, so without EOS: {chosen} chosen, {rejected} rejected",
-        *warnings_of(rows),
-    ]
-    ignored = {key for row in rows for key in row.ignored}
-    if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
-        text = f"warning: {' and '.join(used)} not used; examples/prepare.py puts such columns"
-        about.append(f"{text} into the prompt")
-    return PairSet(pairs, "\n         ".join(about))
-
-
-def warnings_of(rows: list[Preference]) -> list[str]:
-    """What in the rows is lost, or probably not meant so: a line each."""
-    warnings = []
-    if ignored := Counter(key for row in rows for key in row.ignored):
-        keys = [f"{key} ({n} rows)" for key, n in ignored.most_common(20)]
-        more = f" and {len(ignored) - 20} others" if len(ignored) > 20 else ""
-        warnings.append(f"ignored columns: {', '.join(keys)}{more}")
-    if not any(row.prompt for row in rows):
-        warnings.append("warning: all prompts are empty")
-    # The last character of the prompt and the first of the answer. Not all scripts have spaces.
-    joined = re.compile(r"[\w.,:;?!)][^\W_]", re.ASCII)
-    joins = [
-        row
-        for row in rows
-        if isinstance(row.prompt, str) and joined.fullmatch(row.prompt[-1:] + row.chosen[:1])
-    ]
-    if joins:
-        prompt, chosen = joins[0].prompt, joins[0].chosen
-        warnings.append(
-            f"warning: {len(joins)} of {len(rows)} prompts run into their answer without a space, "
-            f"as at {joins[0].where}: {(prompt[-20:] + chosen[:20])!r}"
-        )
-    return warnings
-
-
 def hold_out(rows: list[Preference], fraction: float, seed: int):
     """Splits rows into (train, held out) by prompt: a prompt asked on both sides would not be held
     out."""
@@ -339,21 +277,6 @@ def hold_out(rows: list[Preference], fraction: float, seed: int):
     for row in rows:
         (test if json.dumps(row.prompt) in held_out else train).append(row)
     return train, test
-
-
-def digest(pairs: list[Pair]) -> str:
-    """The number of pairs, and a hash of their lengths and token ids, by which a run that goes on
-    knows them again."""
-    sha256 = hashlib.sha256()
-    for pair in pairs:
-        sha256.update(np.array(pair.lengths, np.int32).tobytes())
-        for ids in pair[:3]:
-            sha256.update(np.asarray(ids, np.int32).tobytes())
-    return f"{len(pairs)} pairs, {sha256.hexdigest()[:16]}"
-
-
-def describe(dropped: Counter) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,6 +428,88 @@ def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int, multipl
         groups=groups,
         n_pairs=n_pairs,
     )
+
+
+# =============================================================================================
+# Nothing below is ORPO: what a run says of its data, and how to look at it.
+# =============================================================================================
+
+
+@dataclass
+class PairSet:
+    """Pairs, and what there is to say of them, some lines of text."""
+
+    pairs: list[Pair]
+    about: str = ""
+
+
+def make_pairs(rows, tokenizer, max_length: int, max_prompt_length: int, progress=iter) -> PairSet:
+    """The pairs that train.py trains on and data.py shows, of the rows of one file.
+
+    max_length is not above the model's context. Raises ValueError with the file's name.
+    """
+    if not rows:
+        return PairSet([])
+    file = rows[0].where.rpartition(":")[0]
+    try:
+        pairs, dropped = encode_rows(tokenizer, rows, max_length, max_prompt_length, progress)
+    except ValueError as error:
+        raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
+    forms = " and ".join(dict.fromkeys(row.form for row in rows))
+    lengths = np.array([pair.lengths for pair in pairs]).mean(0)
+    chosen, rejected = (sum(pair.cut[i] for pair in pairs) for i in (0, 1))
+    about = [
+        f"{file}: {forms}",
+        f"{len(pairs)} pairs of {len(rows)}; dropped: {describe(dropped)}",
+        "mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths),
+        f"cut to {max_length} tokens, so without EOS: {chosen} chosen, {rejected} rejected",
+        *warnings_of(rows),
+    ]
+    ignored = {key for row in rows for key in row.ignored}
+    if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
+        text = f"warning: {' and '.join(used)} not used; examples/prepare.py puts such columns"
+        about.append(f"{text} into the prompt")
+    return PairSet(pairs, "\n         ".join(about))
+
+
+def warnings_of(rows: list[Preference]) -> list[str]:
+    """What in the rows is lost, or probably not meant so: a line each."""
+    warnings = []
+    if ignored := Counter(key for row in rows for key in row.ignored):
+        keys = [f"{key} ({n} rows)" for key, n in ignored.most_common(20)]
+        more = f" and {len(ignored) - 20} others" if len(ignored) > 20 else ""
+        warnings.append(f"ignored columns: {', '.join(keys)}{more}")
+    if not any(row.prompt for row in rows):
+        warnings.append("warning: all prompts are empty")
+    # The last character of the prompt and the first of the answer. Not all scripts have spaces.
+    joined = re.compile(r"[\w.,:;?!)][^\W_]", re.ASCII)
+    joins = [
+        row
+        for row in rows
+        if isinstance(row.prompt, str) and joined.fullmatch(row.prompt[-1:] + row.chosen[:1])
+    ]
+    if joins:
+        prompt, chosen = joins[0].prompt, joins[0].chosen
+        warnings.append(
+            f"warning: {len(joins)} of {len(rows)} prompts run into their answer without a space, "
+            f"as at {joins[0].where}: {(prompt[-20:] + chosen[:20])!r}"
+        )
+    return warnings
+
+
+def digest(pairs: list[Pair]) -> str:
+    """The number of pairs, and a hash of their lengths and token ids, by which a run that goes on
+    knows them again."""
+    sha256 = hashlib.sha256()
+    for pair in pairs:
+        sha256.update(np.array(pair.lengths, np.int32).tobytes())
+        for ids in pair[:3]:
+            sha256.update(np.asarray(ids, np.int32).tobytes())
+    return f"{len(pairs)} pairs, {sha256.hexdigest()[:16]}"
+
+
+def describe(dropped: Counter) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -287,39 +287,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
     return attention_without_varlen(q, k, v, segments, window)
 
 
-class KVCache:
-    """Keys and values of sequences of any lengths, which grow while generating.
-
-    Packed like everything else: a sequence has a run of rows, as many as it may come to have
-    tokens, so nothing moves while it grows. Which rows are whose, key_index of Segments says.
-    """
-
-    def __init__(self, config: ModelConfig, sizes, device, dtype):
-        shape = (config.n_layers, 2, sum(sizes), config.n_kv_heads, config.head_dim)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.first_row = np.cumsum([0, *sizes])[:-1]  # of each sequence
-        self.lengths = np.zeros_like(self.first_row)  # its tokens so far
-
-    def grow(self, sequences, n_new) -> tuple[Tensor, Segments]:
-        """n_new[i] tokens come to sequences[i]: their positions (N,), and what they see."""
-        old, first, device = self.lengths[sequences], self.first_row[sequences], self.kv.device
-        k_lens = self.lengths[sequences] = old + n_new
-        runs = (first + old, n_new), (old, n_new), (first, k_lens)
-        self.rows, positions, key_index = (to_device(_ranges(*run), device) for run in runs)
-        segments = Segments.of(list(n_new), list(k_lens), device=device)
-        return positions, segments._replace(key_index=key_index)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Stores the new tokens' k, v (N, K, d); returns all keys and values, (2, rows, K, d)."""
-        return self.kv[layer].index_copy_(1, self.rows, torch.stack((k, v)))
-
-
-def _ranges(starts, lengths) -> Tensor:
-    """start, start + 1, ... of each run, end to end: int64."""
-    runs = zip(starts, lengths, strict=True)
-    return torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in runs]))
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -471,6 +438,11 @@ class Transformer(nn.Module):
     def lm_head_weight(self) -> Tensor:
         """The vocabulary projection (V, E)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    # =========================================================================================
+    # Nothing below takes part in a training step as on a GPU: loading and saving, counting,
+    # generation, LoRA, and at the end of the file attention where there is no Flash kernel.
+    # =========================================================================================
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype: torch.dtype | None = None, shard=None):
@@ -629,6 +601,39 @@ class Transformer(nn.Module):
             weight = base.get_submodule(name).weight  # rounded once, as it is stored
             weight.copy_(merge_adapter(weight, m.lora_A, m.lora_B, m.scale))
         return base
+
+
+class KVCache:
+    """Keys and values of sequences of any lengths, which grow while generating.
+
+    Packed like everything else: a sequence has a run of rows, as many as it may come to have
+    tokens, so nothing moves while it grows. Which rows are whose, key_index of Segments says.
+    """
+
+    def __init__(self, config: ModelConfig, sizes, device, dtype):
+        shape = (config.n_layers, 2, sum(sizes), config.n_kv_heads, config.head_dim)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.first_row = np.cumsum([0, *sizes])[:-1]  # of each sequence
+        self.lengths = np.zeros_like(self.first_row)  # its tokens so far
+
+    def grow(self, sequences, n_new) -> tuple[Tensor, Segments]:
+        """n_new[i] tokens come to sequences[i]: their positions (N,), and what they see."""
+        old, first, device = self.lengths[sequences], self.first_row[sequences], self.kv.device
+        k_lens = self.lengths[sequences] = old + n_new
+        runs = (first + old, n_new), (old, n_new), (first, k_lens)
+        self.rows, positions, key_index = (to_device(_ranges(*run), device) for run in runs)
+        segments = Segments.of(list(n_new), list(k_lens), device=device)
+        return positions, segments._replace(key_index=key_index)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Stores the new tokens' k, v (N, K, d); returns all keys and values, (2, rows, K, d)."""
+        return self.kv[layer].index_copy_(1, self.rows, torch.stack((k, v)))
+
+
+def _ranges(starts, lengths) -> Tensor:
+    """start, start + 1, ... of each run, end to end: int64."""
+    runs = zip(starts, lengths, strict=True)
+    return torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in runs]))
 
 
 class LoRALinear(Linear):
