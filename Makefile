@@ -20,26 +20,26 @@ test-peers: .venv-peers/peers ## our numbers beside TRL's and transformers'
 	$(PEERS)/python -m pytest -q tests/peers
 
 gradcheck: .venv/dev ## the gradient, level by level, as a table
-	$(BIN)/python tests/gradcheck.py
+	$(BIN)/python -m tests.gradcheck
 
 bench: .venv-peers/peers ## time and memory of a step beside TRL's, and what each idea is worth
-	$(PEERS)/python bench/peers.py
-	$(PEERS)/python bench/ideas.py --ratios 1:4 4:1 --rounds 2
+	$(PEERS)/python -m bench.peers
+	$(PEERS)/python -m bench.ideas --ratios 1:4 4:1 --rounds 2
 
 conformance: .venv-peers/peers ## ours, TRL's, Liger's and others' ORPO against the golden vectors
-	$(PEERS)/python conformance/run.py $(ARGS)
+	$(PEERS)/python -m conformance.run $(ARGS)
 
 lint: .venv/dev  ## ruff, formatting included
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 task: .venv/run  ## rebuild the built-in task: facts, tokenizer, base model, pairs
-	$(BIN)/python examples/task.py
+	$(BIN)/python -m examples.task
 
 plot: .venv/dev  ## draw the figure of the last built-in run
-	$(BIN)/python examples/plot.py out/builtin
+	$(BIN)/python -m tools.plot out/builtin
 
 compare: .venv/dev ## SFT, DPO, ORPO and the probability ratio on the built-in pairs (docs/evidence.md)
-	$(BIN)/python examples/compare.py $(ARGS)
+	$(BIN)/python -m experiments.compare $(ARGS)
 
 clean:           ## remove environments, caches and runs
 	rm -rf .venv .venv-peers out .pytest_cache .ruff_cache .hypothesis

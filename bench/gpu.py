@@ -1,7 +1,7 @@
 """The CUDA path on a card: is it right, how fast is it, where does the time go?
 
     bash bench/gpu.sh STAGE         with date, hardware and versions in front: what to keep
-    python bench/gpu.py STAGE       each at most eight minutes on an H200, each useful alone
+    python -m bench.gpu STAGE       each at most eight minutes on an H200, each useful alone
 
     check      gradients of every dtype and attention path against float64 on the CPU
     speed      whole steps of 0.1 and 1.1 billion parameters, eager and compiled
@@ -36,19 +36,20 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
-
-import data  # noqa: E402
-import model as model_module  # noqa: E402
-import train  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
-from train import TrainConfig, peak_flops, step_flops  # noqa: E402
+import attention
+import data
+import model as model_module
+import train
+from model import ModelConfig, Transformer
+from run.flags import TrainConfig
+from run.plan import peak_flops, step_flops
 
 LENGTHS = (193, 289, 260)  # UltraFeedback's means: prompt, chosen, rejected
 SMALL = ModelConfig(
     vocab_size=1000, dim=256, n_layers=3, n_heads=8, n_kv_heads=2, hidden_dim=512, head_dim=64
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {  # name: (config, pairs a step)
     "0.1B": (ModelConfig(32000, 768, 12, 12, 2048, max_seq_len=4096), 32),
     "1.1B": (ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4, max_seq_len=4096), 32),
@@ -99,13 +100,13 @@ def gradients(device: str, dtype: torch.dtype, varlen=True, tf32=False):
         model, model.compute_dtype = model.float(), dtype
     pairs = random_pairs(6, (20, 30, 25), SMALL.vocab_size, seed=1)
     (batch,) = data.micro_batches(pairs, 10**9, "full")
-    model_module.USE_VARLEN = varlen
+    attention.USE_VARLEN = varlen
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         output = train.forward(model, batch, 0.5)
         output.loss.backward()
     finally:
-        model_module.USE_VARLEN = True
+        attention.USE_VARLEN = True
     flat = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
     return output.loss.item(), flat
 
@@ -212,8 +213,9 @@ def speed(stage: str, n_steps: int, device: torch.device):
 
 def measure_trl(name: str, way: str, n_steps: int, device) -> str:
     """TRL's row: pairs a second, and peak memory. Batches of 8 pairs, or 4 at 6.7B."""
-    import trl_orpo
     from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+
+    from tests.peers import trl_orpo
 
     cuda, (shape, n_pairs) = device.type == "cuda", SHAPES[name]
     pairs = [pair[:3] for pair in random_pairs(n_pairs, LENGTHS, shape.vocab_size, seed=2)]

@@ -9,7 +9,7 @@ python=${2:-python3}
 status=0
 date -u +%Y-%m-%d
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
-"$python" bench/gpu.py "$stage" || status=1
+"$python" -m bench.gpu "$stage" || status=1
 if [ "$stage" = check ]; then
   "$python" -m pytest -q tests/test_fake_cuda.py tests/test_cuda.py || status=1
   "$python" train.py --out "${OUT:-out}/gpu-builtin-$$" || status=1

@@ -1,6 +1,6 @@
 """How a training step's time and memory grow: with response length, vocabulary, pairs a step.
 
-    python bench/growth.py [--dtype float32|bfloat16] [--trl] [--out FILE.svg]
+    python -m bench.growth [--dtype float32|bfloat16] [--trl] [--out FILE.svg]
 
 Every point is a process of its own, for its peak memory. The base is one pair, a prompt of 64
 tokens, responses of 256, a vocabulary of 32,000; one of the three grows at a time. Draws a log-log
@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import peers
-import step
-from peers import VARIANTS, Worker
-from step import Parser
+
+from bench import peers, step
+from bench.peers import VARIANTS, Worker
+from bench.step import Parser
 
 SWEEPS = {  # what grows: its name, its values
     "response": ("tokens of each response", (256, 512, 1024, 2048, 4096, 8192)),

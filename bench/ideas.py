@@ -1,6 +1,6 @@
 """What each idea is worth: one loss, five ways to compute it, forward and backward.
 
-    python bench/ideas.py [--ratios 1:4 1:1 4:1 16:1] [--dtype float32|bfloat16] [--rounds N]
+    python -m bench.ideas [--ratios 1:4 1:1 4:1 16:1] [--dtype float32|bfloat16] [--rounds N]
 
     a  padded          every response behind its own copy of the prompt, padded to the longest
     b  packed          the same sequences end to end
@@ -23,15 +23,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import peers
-import step
 import torch
-from step import LAM, Parser, positive
 
 import data
 import train
-from model import Segments, Transformer
+from attention import Segments
+from bench import peers, step
+from bench.step import LAM, Parser, positive
+from model import Transformer
 from orpo import odds_ratio_loss
+from run.processes import keep_freed_memory
 
 NAMES = {
     "a": "padded, separate",
@@ -185,7 +186,7 @@ def main():
         peers.write(text, args.out, args.append)
         pairs = {mix: make_pairs(mix, args.pairs) for mix in args.ratios}
         memory = {mix: memory_pass(model, pairs[mix], args.dtype) for mix in args.ratios}
-        train.keep_freed_memory()  # as in training; a peak would be hidden by what was kept
+        keep_freed_memory()  # as in training; a peak would be hidden by what was kept
         for mix in args.ratios:
             text = one_table(model, mix, pairs[mix], memory[mix], args.rounds)
             print(text, flush=True)

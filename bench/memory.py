@@ -1,9 +1,9 @@
 """Memory: which model fits which card, and what loading and saving take. And what a run costs.
 
-    python bench/memory.py count [--only NAME]      the table of README and docs: minutes a row
-    python bench/memory.py cost                     operations, hours and disk of 60,000 pairs
-    python bench/memory.py dpo                      ORPO's step beside DPO's
-    python bench/memory.py load FOLDER              1.1 billion parameters, written to FOLDER first
+    python -m bench.memory count [--only NAME]      the table of README and docs: minutes a row
+    python -m bench.memory cost                     operations, hours and disk of 60,000 pairs
+    python -m bench.memory dpo                      ORPO's step beside DPO's
+    python -m bench.memory load FOLDER              1.1 billion parameters, written to FOLDER first
 
 count: a row is a model of a published shape, in pairs of UltraFeedback's mean lengths, two
 micro-batches a step, bfloat16 products and float32 sums, as on a GPU. No card is needed: one
@@ -33,13 +33,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import data
 import model as model_file
 import train
-from checkpoint import FAMILIES
+from attention import Gather
+from formats.families import FAMILIES
 from model import ModelConfig, Transformer
+from run.lora import add_lora
+from run.plan import count_parameters, fixed_memory
+from run.processes import pick_device, rank, shard, world_size
 
 GB = 2**30
 CARDS = {"24 GB": 23.6, "80 GB": 79.1, "141 GB": 139.8}  # as sold, and what CUDA says they have
@@ -124,13 +126,13 @@ def stand_in_for_kernels():
 
     def attention(q, k, v, segments, window=None):
         copies = segments.key_index, segments.first_copy, segments.last_copy
-        return Footprint.apply(True, q, *(model_file.Gather.apply(x, *copies) for x in (k, v)))
+        return Footprint.apply(True, q, *(Gather.apply(x, *copies) for x in (k, v)))
 
     def norm(self, x):
         bias = [] if self.bias is None else [self.bias.to(x.dtype)]
         return Footprint.apply(False, x, self.weight.to(x.dtype), *bias)
 
-    model_file.attention, model_file.Norm.forward = attention, norm
+    attention, model_file.Norm.forward = attention, norm
 
 
 class Twice:
@@ -183,9 +185,9 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
             model = Transformer(config)
         torch.set_default_dtype(torch.float32)
         if row.lora:
-            model.add_lora(row.lora, 16.0)
+            add_lora(model, row.lora, 16.0)
         if row.gpus > 1:
-            train.shard(model, settings)
+            shard(model, settings)
         model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, row.checkpointed
         optimizer = train.make_optimizer(model, settings)
         train.training_step(model, optimizer, [batch], settings)  # makes the moments
@@ -202,7 +204,7 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
             train.training_step(model, optimizer, Twice(batch, tracker, reference), settings)
     peaks = tracker.get_tracker_snapshot("peak").items()
     (peak,) = (found["Total"] for where, found in peaks if where.type == device.type)
-    return peak, train.fixed_memory(*train.count_parameters(model), settings)
+    return peak, fixed_memory(*count_parameters(model), settings)
 
 
 def count_apart(config: ModelConfig, row: Row) -> tuple[int, int]:
@@ -281,16 +283,16 @@ def load_and_save(folder: Path, dtype: str):
     several = "WORLD_SIZE" in os.environ
     config, shard = train.TrainConfig(dtype="bfloat16", device="cpu", shard=several), None
     if several:
-        train.pick_device(config)
-        shard = functools.partial(train.shard, config=config)
+        pick_device(config)
+        shard = functools.partial(shard, config=config)
     before = peak_gb()
     model = Transformer.from_pretrained(folder / "in", "cpu", getattr(torch, dtype), shard)
     parameters = [p.to_local() if several else p for p in model.parameters()]
     size, loaded = sum(p.nbytes for p in parameters) / GB, peak_gb()
-    model.save_pretrained(folder / "out" if train.rank() == 0 else None, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "out" if rank() == 0 else None, dtype=torch.bfloat16)
     found = [(size, before, loaded, peak_gb())]
     if several:
-        found = [None] * train.world_size()
+        found = [None] * world_size()
         dist.all_gather_object(found, (size, before, loaded, peak_gb()))
     for i, (size, before, loaded, saved) in enumerate(found):
         print(
@@ -308,7 +310,7 @@ def load(folder: Path):
     one, two = [sys.executable], [sys.executable, "-m", "torch.distributed.run"]
     two += ["--standalone", "--nproc-per-node", "2"]
     for start, dtype in ((one, "bfloat16"), (one, "float32"), (two, "float32")):
-        command = [*start, __file__, "load", folder, "--dtype", dtype]
+        command = [*start, "-m", "bench.memory", "load", folder, "--dtype", dtype]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

@@ -1,6 +1,6 @@
 """The same optimizer steps by train.py, TRL's ORPOTrainer, and TRL with Liger's fused ORPO loss.
 
-    python bench/peers.py [--only short|long] [--dtype float32|bfloat16] [--seconds N] [--out FILE]
+    python -m bench.peers [--only short|long] [--dtype float32|bfloat16] [--seconds N] [--out FILE]
 
 Every variant is a process of its own with all the cores; they step in turn, one at a time, so that
 whatever else the machine does hits all alike. All get the same weights, the same token ids, the
@@ -24,9 +24,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import step
 import torch
-from step import LAM, LR, PAIRS_A_STEP, Parser, Turns, make_pairs, memory_gb, positive
+
+from bench import step
+from bench.step import LAM, LR, PAIRS_A_STEP, Parser, Turns, make_pairs, memory_gb, positive
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,35 +53,35 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "ours": Variant("ours", ["step.py", "--serve"], {}, "train.py's step, as it is"),
+    "ours": Variant("ours", ["bench.step", "--serve"], {}, "train.py's step, as it is"),
     "trl": Variant(
         "TRL",
-        ["peers.py", "--serve", "trl"],
+        ["bench.peers", "--serve", "trl"],
         AS_INSTALLED,
         "as installed: padded, and its default recomputation of activations",
     ),
     "plain": Variant(
         "TRL, no recomputation",
-        ["peers.py", "--serve", "plain"],
+        ["bench.peers", "--serve", "plain"],
         AS_INSTALLED,
         "`gradient_checkpointing=False`, which its ORPOConfig turns on",
     ),
     "tuned": Variant(
         "TRL, tuned",
-        ["peers.py", "--serve", "plain"],
+        ["bench.peers", "--serve", "plain"],
         TUNED,
         "no recomputation, and glibc told to keep its buffers: "
         + " ".join(f"{key}={value}" for key, value in TUNED.items()),
     ),
     "liger": Variant(
         "TRL + Liger, tuned",
-        ["peers.py", "--serve", "liger"],
+        ["bench.peers", "--serve", "liger"],
         TUNED,
         "the same with Liger's LigerFusedLinearORPOLoss in place of logits and loss",
     ),
     "compiled": Variant(
         "TRL, tuned and compiled",
-        ["peers.py", "--serve", "compiled"],
+        ["bench.peers", "--serve", "compiled"],
         TUNED,
         "TRL, tuned, with `torch_compile=True`: needs a C++ compiler and a minute to begin",
     ),
@@ -96,9 +97,9 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 def serve(args):
     turns = Turns()
-    sys.path.insert(0, str(HERE.parent / "tests" / "peers"))
-    import trl_orpo
     from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from tests.peers import trl_orpo
 
     Trainer = with_liger(trl_orpo.OnIds) if args.serve == "liger" else trl_orpo.OnIds
     turns.imported = memory_gb()
@@ -177,7 +178,7 @@ class Worker:
         script, *flags = variant.program
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / script), *flags, *arguments],
+            [sys.executable, "-m", script, *flags, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

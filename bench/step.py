@@ -1,9 +1,9 @@
 """Whole optimizer steps of train.py on random weights and random pairs: time, share of the
 machine's own matrix-product rate, memory.
 
-    python bench/step.py [--set short|long] [--dtype float32|bfloat16] [--steps N] [--threads N]
+    python -m bench.step [--set short|long] [--dtype float32|bfloat16] [--steps N] [--threads N]
                          [--profile]                       which operations take the time
-    torchrun --nproc-per-node N bench/step.py --threads 1 ...      the same steps over N processes
+    torchrun --nproc-per-node N -m bench.step --threads 1 ...      the same steps over N processes
 
 A step is what train.py does between two rows of metrics: packing, forward, backward, clipping at
 1.0, AdamW, `--sft-loss full`, lam 0.1, float32 master weights. The model is a Llama of 6 layers,
@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import data
 import train
 from model import ModelConfig, Transformer
+from run.plan import Plan
+from run.processes import pick_device, rank, world_size
 
 SHAPE = ModelConfig(32000, 384, 6, 6, 1024, tie_embeddings=True, max_seq_len=16384)
 LAM, LR = 0.1, 1e-4
@@ -77,13 +77,13 @@ def start(folder, dtype: str, steps: list[list[data.Pair]]):
     config = train.TrainConfig(
         lam=LAM, sft_loss="full", lr=LR, grad_clip=1.0, device="cpu", dtype=dtype
     )
-    device = train.pick_device(config)  # which also tells malloc to keep what it has
+    device = pick_device(config)  # which also tells malloc to keep what it has
     model = Transformer.from_pretrained(folder, device=device, dtype=torch.float32)
     model.compute_dtype = getattr(torch, dtype)
     optimizer = train.make_optimizer(model, config)
-    shares = [s for pairs in steps for s in data.balance_over_ranks(pairs, train.world_size())]
+    shares = [s for pairs in steps for s in data.balance_over_ranks(pairs, world_size())]
     largest = max(shares, key=lambda pairs: sum(pair.n_tokens for pair in pairs))
-    plan = train.Plan(len(steps), len(steps), largest, False, {})
+    plan = Plan(len(steps), len(steps), largest, False, {})
     train.try_largest(model, optimizer, plan, config)
     return model, optimizer, config
 
@@ -201,8 +201,8 @@ def measure(args):
         "peak_gb": memory_gb(),
         **{"torch": torch.__version__, "machine": platform.machine()},
     }
-    if train.rank() == 0:
-        result["processes"] = train.world_size()
+    if rank() == 0:
+        result["processes"] = world_size()
         for name, value in result.items():
             print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
         print(json.dumps(result))

@@ -1,8 +1,8 @@
 """How fast rows become tensors: tokenizing, and packing a step.
 
-python bench/tokens.py tokenize TEXT FOLDER [FOLDER ...]   a file of dialogues, cut out of a text,
+python -m bench.tokens tokenize TEXT FOLDER [FOLDER ...]   a file of dialogues, cut out of a text,
                                                             by the tokenizers of these folders
-python bench/tokens.py pack                                 one step's pairs
+python -m bench.tokens pack                                 one step's pairs
 """
 
 import argparse
@@ -20,12 +20,12 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import data
 from bench.gpu import LENGTHS, SHAPES, random_pairs
 from model import Transformer
-from train import TrainConfig, micro_batches, step_flops
+from run.flags import TrainConfig
+from run.plan import step_flops
+from train import micro_batches
 
 
 def write_rows(file: Path, text: str, tokenizer, n: int):

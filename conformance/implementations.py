@@ -17,9 +17,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -29,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import orpo
 
 LN2 = 0.6931471805599453

@@ -10,7 +10,6 @@ tests/oracle.py's for the rounded ones.
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import oracle
-
 from conformance.implementations import Batch, Side
+from tests import oracle
 
 VERSION = 1  # of the golden vectors, for which this file was written
 GOLDEN = Path(oracle.__file__).with_name("golden") / "orpo.json"

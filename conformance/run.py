@@ -1,7 +1,7 @@
 """Who computes ORPO: ours and other implementations against the golden vectors.
 
-    python conformance/run.py [--summary] [--implementation FILE.py:FUNCTION] [--out [FILE.md]]
-    python conformance/run.py --plot FILE.svg
+    python -m conformance.run [--summary] [--implementation FILE.py:FUNCTION] [--out [FILE.md]]
+    python -m conformance.run --plot FILE.svg
 
 To check yours, write one function, and name it with --implementation or add it to
 conformance/implementations.py. The number of its arguments says where it starts. It needs no
@@ -19,7 +19,6 @@ import datetime
 import functools
 import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # for peers.py
-from step import Parser
-
 from bench.peers import head, table, write
+from bench.step import Parser
 from conformance import implementations
 from conformance.implementations import IMPLEMENTATIONS, OURS, Implementation, Project, level_of
 from conformance.judge import (

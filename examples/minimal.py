@@ -1,6 +1,6 @@
 """ORPO on one page: padded batches, autograd, one device, no options. Read this first.
 
-    python examples/minimal.py
+    python -m examples.minimal
 
 It trains the built-in job in the same steps as train.py, which is faster because it computes each
 prompt once and pads nothing.
@@ -8,19 +8,17 @@ prompt once and pads nothing.
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import data
+import train as train_py
+from model import Transformer
+from orpo import orpo_loss, response_logps
 
-import data  # noqa: E402
-import train as train_py  # noqa: E402
-from model import Transformer  # noqa: E402
-from orpo import orpo_loss, response_logps  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 FACTS = HERE / "facts"
 WARMUP, SEED = 10, 42  # train.py's defaults; the other settings are in train.json

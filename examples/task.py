@@ -1,6 +1,6 @@
 """A small language world, and a base model that has read about it: what `python train.py` aligns.
 
-    python examples/task.py       rebuilds everything under examples/facts/, and says what it cost
+    python -m examples.task       rebuilds everything under examples/facts/, and says what it cost
 
 The world is `countries.csv` (real capitals, currencies, continents and languages; a cell is empty
 where people disagree) and small sums. The base model reads each fact many times, in two kinds of
@@ -32,7 +32,6 @@ import io
 import json
 import random
 import re
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -42,10 +41,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from model import ModelConfig, Transformer  # noqa: E402
+from model import ModelConfig, Transformer
 
 SEED = 0
 N_READINGS = 200  # times a fact is stated, and asked about, in the base model's text
@@ -63,11 +59,13 @@ CONFIG = ModelConfig(
     tie_embeddings=True,
     source={"bos_token_id": 1, "eos_token_id": 2},  # for others who load the checkpoint
 )
+
+HERE = Path(__file__).resolve().parent
 BATCH_SIZE = 64  # documents a step
 PEAK_LR = 2e-3
 # The settings of the built-in job, paths from this file's folder. lam (of 0.5, 1 and 2) and lr (of
 # 5e-4 and 1e-3) were chosen on an eighth of the training facts, held out for that. The sweep of
-# examples/compare.py goes to lower rates, which do a little better there still.
+# experiments/compare.py goes to lower rates, which do a little better there still.
 TRAIN = {
     "model": "base",
     "data": "train.jsonl",

@@ -1,6 +1,6 @@
 """One ORPO step, number by number: a pair of the built-in task through the base model and back.
 
-    python examples/walk.py [--line N] [--lam 1.0]
+    python -m examples.walk [--line N] [--lam 1.0]
 
 Every number is worked out here from the paper's formulas and the plain logits, in float64, and the
 last part holds it against what training runs (`orpo.fused_linear_orpo`).
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import data
+import train
+from model import Transformer
 
-import data  # noqa: E402
-import train  # noqa: E402
-from model import Transformer  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 FACTS = HERE / "facts"
 STEP_SIZE = 1e-4  # of the plain gradient step at the end

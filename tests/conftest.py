@@ -15,12 +15,12 @@ import pytest
 import sentencepiece
 import torch
 
-from data import load_tokenizer
+from formats.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer
 
 pytest.register_assert_rewrite("tests.runs")
 
-from tests.runs import FACTS, TWELVE_STEPS, files, run  # noqa: E402
+from tests.runs import FACTS, TWELVE_STEPS, files, run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -1,5 +1,5 @@
 """
-The gradient check, for a person to read: `make gradcheck`, or python tests/gradcheck.py.
+The gradient check, for a person to read: `make gradcheck`, or python -m tests.gradcheck.
 
 What the code computes, at five levels from log-probabilities up to the weights of a transformer,
 against paths that do not share its hand-written derivative:
@@ -17,14 +17,12 @@ fails, which test_gradcheck.py provokes with wrong formulas: every row is known 
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import orpo
 from model import ModelConfig, Transformer
 from tests.layout import packed

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from attention import Segments
 from data import Batch, Pair, micro_batches
-from model import Segments
 
 
 def segments_of(batch: Batch) -> Segments:

@@ -11,6 +11,7 @@ import torch
 
 import train
 from model import Transformer
+from run.log import HostCopy
 
 ROOT = Path(train.__file__).resolve().parent
 FACTS = ROOT / "examples" / "facts"
@@ -65,7 +66,7 @@ class Killed(BaseException):
 def kill_at(monkeypatch, step: int):
     """Training dies while `step`'s metrics are read, before its row is written."""
 
-    class Dying(train.HostCopy):
+    class Dying(HostCopy):
         rows = 0
 
         def read(self):
@@ -74,7 +75,7 @@ def kill_at(monkeypatch, step: int):
                 raise Killed
             return super().read()
 
-    monkeypatch.setattr(train, "HostCopy", Dying)
+    monkeypatch.setattr("run.log.HostCopy", Dying)
 
 
 def evaluates_to(monkeypatch, *losses: float):

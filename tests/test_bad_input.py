@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import train
-from checkpoint import read_safetensors, write_safetensors
+from formats.weights import read_safetensors, write_safetensors
 from model import ModelConfig, Transformer
+from run.flags import BUILTIN_OUT
 from tests.runs import fails
 
 ROWS = [
@@ -222,7 +223,7 @@ def test_the_built_in_jobs_older_run_stays_until_a_new_one_starts(tmp_path, caps
     holds_a_run(tmp_path)
     (tmp_path / "out").rename(tmp_path / "builtin")
     (tmp_path / "out").mkdir()
-    (tmp_path / "builtin").rename(tmp_path / train.BUILTIN_OUT)
+    (tmp_path / "builtin").rename(tmp_path / BUILTIN_OUT)
     before = snapshot(tmp_path)
     fails(capsys, ["--max-prompt-length", "1", "--device", "cpu"])
     assert snapshot(tmp_path) == before

@@ -10,18 +10,23 @@ import string
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-import checkpoint
-from checkpoint import write_safetensors
+from formats.families import FAMILIES, write_config
+from formats.weights import read_safetensors, write_safetensors
 from model import ModelConfig, Transformer
+from run.folder import replaced, tidy
+from run.saving import describe_weights, save_state
 from tests.models import KINDS, V, kinds, random_model
 from tests.runs import file_bytes
+from tools import export as export_file
+from tools.export import export
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 123\n"
 
 
-def read_safetensors(path) -> dict:
-    return dict(checkpoint.read_safetensors(path))
+def tensors_of(path) -> dict:
+    return dict(read_safetensors(path))
 
 
 def complaint(function, path) -> str:
@@ -103,8 +108,8 @@ def test_weights_are_cast_as_they_are_loaded(stored, tmp_path):
 def test_stories260k_is_saved_as_it_came(shared, tmp_path):
     model = Transformer.from_pretrained(shared / "stories260K")
     model.save_pretrained(tmp_path)
-    original = read_safetensors(shared / "stories260K" / "model.safetensors")
-    saved = read_safetensors(tmp_path / "model.safetensors")
+    original = tensors_of(shared / "stories260K" / "model.safetensors")
+    saved = tensors_of(tmp_path / "model.safetensors")
     original.pop("lm_head.weight", None)  # tied
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[name], original[name]) for name in saved)
@@ -166,7 +171,7 @@ def test_shards_have_an_index(shards):
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
     for file in files:
-        assert all(index["weight_map"][name] == file.name for name in read_safetensors(file))
+        assert all(index["weight_map"][name] == file.name for name in tensors_of(file))
 
 
 def test_shards_are_measured_in_the_dtype_that_is_stored(tmp_path):
@@ -180,7 +185,7 @@ def test_shards_are_measured_in_the_dtype_that_is_stored(tmp_path):
 
 def test_shards_are_of_at_most_the_size_that_is_asked_for(shards):
     for file in shards[0].glob("*.safetensors"):
-        tensors = read_safetensors(file)
+        tensors = tensors_of(file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 4000
 
 
@@ -256,7 +261,7 @@ def test_a_broken_index_is_named(text, words, inner):
 def test_a_wrong_tensor_is_named(change, words, tmp_path):
     random_model(torch.float32).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    tensors = {name: t.clone() for name, t in read_safetensors(file).items()} | change
+    tensors = {name: t.clone() for name, t in tensors_of(file).items()} | change
     write_safetensors(file, {name: t for name, t in tensors.items() if t is not None})
     with pytest.raises(ValueError) as error:
         Transformer.from_pretrained(tmp_path)
@@ -519,7 +524,7 @@ def test_safetensors_by_hand(tmp_path):
         "empty": entry("I64", [0, 3], [8, 8]),
     }
     body = bytes.fromhex("803f 803f 000000c0")
-    got = read_safetensors(raw_file(tmp_path, json.dumps(header).encode() + b"   ", body))
+    got = tensors_of(raw_file(tmp_path, json.dumps(header).encode() + b"   ", body))
     assert got["a"].tolist() == [[1, 1]] and got["a"].dtype == torch.bfloat16
     assert got["b"].shape == () and got["b"].item() == -2
     assert got["empty"].shape == (0, 3) and got["empty"].dtype == torch.int64
@@ -532,7 +537,7 @@ def test_tensors_may_start_at_any_byte(shift, tmp_path):
     values = torch.arange(3, dtype=torch.float64)
     header = json.dumps({"a": entry("F64", [3], [0, 24])}).encode() + b" " * shift
     file = raw_file(tmp_path, header, values.numpy().tobytes())
-    got = read_safetensors(file)["a"]
+    got = tensors_of(file)["a"]
     assert torch.equal(got, values)
     assert got.data_ptr() % 8 == 0  # torch takes it for granted, vector instructions need it
 
@@ -545,7 +550,7 @@ def test_every_dtype_comes_back(tmp_path):
     tensors |= {"none": torch.empty(0, 4), "é": torch.ones(2, requires_grad=True)}
     write_safetensors(tmp_path / "x.safetensors", tensors)
     assert [f.name for f in tmp_path.iterdir()] == ["x.safetensors"]  # no .tmp
-    got = read_safetensors(tmp_path / "x.safetensors")
+    got = tensors_of(tmp_path / "x.safetensors")
     assert got.keys() == tensors.keys()
     for name, t in tensors.items():
         assert got[name].dtype == t.dtype and torch.equal(got[name], t), name
@@ -563,7 +568,7 @@ def test_names_are_free_text(tmp_path):
     names = [string.printable, "", "ключ", "a" * 1000, "__metadata"]
     tensors = {name: torch.tensor([i]) for i, name in enumerate(names)}
     write_safetensors(tmp_path / "x", tensors)
-    assert {k: v.item() for k, v in read_safetensors(tmp_path / "x").items()} == {
+    assert {k: v.item() for k, v in tensors_of(tmp_path / "x").items()} == {
         name: i for i, name in enumerate(names)
     }
 
@@ -572,11 +577,11 @@ def test_what_was_read_outlives_a_newer_file(tmp_path):
     """Views of a memory map: writing beside and renaming leaves them their old file."""
     file = tmp_path / "x.safetensors"
     write_safetensors(file, {"a": torch.zeros(1000)})
-    old = read_safetensors(file)["a"]
+    old = tensors_of(file)["a"]
     write_safetensors(file, {"a": torch.ones(1000)})
-    assert old.sum() == 0 and read_safetensors(file)["a"].sum() == 1000
+    assert old.sum() == 0 and tensors_of(file)["a"].sum() == 1000
     old += 1  # and a write into a view stays in this process
-    assert torch.equal(read_safetensors(file)["a"], torch.ones(1000))
+    assert torch.equal(tensors_of(file)["a"], torch.ones(1000))
 
 
 A, B, INF = entry(), entry(offsets=[8, 16]), float("inf")
@@ -646,19 +651,19 @@ BROKEN = {  # what: (header, so many bytes behind it, words of the complaint)
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_safetensors_are_refused(what, tmp_path):
     header, n_bytes, words = BROKEN[what]
-    message = complaint(read_safetensors, raw_file(tmp_path, header, bytes(n_bytes)))
+    message = complaint(tensors_of, raw_file(tmp_path, header, bytes(n_bytes)))
     assert message.startswith("broken safetensors file: ") and words in message
 
 
 @pytest.mark.parametrize("length", [3, 2**63, 2**64 - 1])
 def test_a_header_that_is_longer_than_its_file_is_refused(length, tmp_path):
-    message = complaint(read_safetensors, raw_file(tmp_path, b"{}", length=length))
+    message = complaint(tensors_of, raw_file(tmp_path, b"{}", length=length))
     assert message == f"not a safetensors file, or cut short: header of {length} bytes"
 
 
 def test_a_header_of_length_0_is_refused(tmp_path):
     file = raw_file(tmp_path, {"a": A}, bytes(8), length=0)
-    assert "broken safetensors file" in complaint(read_safetensors, file)
+    assert "broken safetensors file" in complaint(tensors_of, file)
 
 
 def test_a_file_that_is_cut_at_any_byte_is_refused(tmp_path):
@@ -669,12 +674,12 @@ def test_a_file_that_is_cut_at_any_byte_is_refused(tmp_path):
     for n in range(len(whole)):
         file.write_bytes(whole[:n])
         words = "cut short" if n < n_header else f"of {n - n_header}"
-        assert words in complaint(read_safetensors, file), n
+        assert words in complaint(tensors_of, file), n
 
 
 def test_a_pointer_in_place_of_safetensors_says_how_to_get_the_file(tmp_path):
     (tmp_path / "x").write_bytes(LFS)
-    message = complaint(read_safetensors, tmp_path / "x")
+    message = complaint(tensors_of, tmp_path / "x")
     assert message == "a Git LFS pointer, not the file itself: git lfs pull"
 
 
@@ -691,7 +696,7 @@ def folder_of(path, text: str):
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     folder = folder_of(tmp_path / "x", "old")
     (folder / "b").write_text("is not in the new one")
-    with checkpoint.replaced(folder) as new:
+    with replaced(folder) as new:
         (new / "a").write_text("new")
         assert (folder / "a").read_text() == "old"
     assert file_bytes(folder) == {"a": b"new"} and [*tmp_path.iterdir()] == [folder]
@@ -700,7 +705,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()], ids=repr)
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, error):
     folder = folder_of(tmp_path / "x", "old")
-    with pytest.raises(type(error)) as raised, checkpoint.replaced(folder) as new:
+    with pytest.raises(type(error)) as raised, replaced(folder) as new:
         (new / "a").write_text("new")
         raise error
     assert file_bytes(folder) == {"a": b"old"} and [*tmp_path.iterdir()] == [folder]
@@ -717,16 +722,16 @@ def test_a_process_that_is_killed_between_the_renames_loses_no_folder(tmp_path, 
         replace(*paths)
         left[0] -= 1
         if left[0] == 0:
-            monkeypatch.setattr(checkpoint, "tidy", lambda folder: None)
+            monkeypatch.setattr("run.folder.tidy", lambda folder: None)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        with checkpoint.replaced(folder) as new:
+        with replaced(folder) as new:
             (new / "a").write_text("new")
     assert len([*tmp_path.iterdir()]) == 2
     monkeypatch.undo()
-    checkpoint.tidy(folder)
+    tidy(folder)
     assert file_bytes(folder) == {"a": b"old" if call == 1 else b"new"}
     assert [*tmp_path.iterdir()] == [folder]
 
@@ -741,45 +746,45 @@ def step_folder(tmp_path, model: Transformer):
 
     def write_more(folder):
         shapes = {name: p.shape for name, p in state(model).items()}
-        checkpoint.describe_weights(folder, shapes, tmp_path)
+        describe_weights(folder, shapes, tmp_path)
         (folder / "model").mkdir()
-        checkpoint.write_config(folder / "model", model.config, torch.bfloat16)
+        write_config(folder / "model", model.config, torch.bfloat16)
 
     moments = {f"{name}.exp_avg": torch.ones_like(p) for name, p in state(model).items()}
-    checkpoint.save_state(tmp_path, 5, state(model) | moments, {}, 2, write_more)
+    save_state(tmp_path, 5, state(model) | moments, {}, 2, write_more)
     return tmp_path / "checkpoints" / "step-00000005"
 
 
 def fails(capsys, *arguments) -> str:
-    """The complaint of checkpoint.py, which must end with status 2, in one line."""
+    """The complaint of export.py, which must end with status 2, in one line."""
     with pytest.raises(SystemExit) as stopped:
-        checkpoint.main([*map(str, arguments)])
+        export_file.main([*map(str, arguments)])
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and message.count("\n") == 1
-    return message.removeprefix("checkpoint.py: ").strip()
+    return message.removeprefix("export.py: ").strip()
 
 
-@pytest.mark.parametrize("family", checkpoint.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_every_family_becomes_what_its_model_would_be_saved_as(family, tmp_path):
-    values = checkpoint.FAMILIES[family].values
+    values = FAMILIES[family].values
     model = random_model(torch.float32, **values | {"family": family, "head_dim": 8})
     model.save_pretrained(tmp_path / "wanted", torch.bfloat16)
     step = step_folder(tmp_path, model)
-    checkpoint.main([str(step), "--out", str(tmp_path / "made")])
+    export_file.main([str(step), "--out", str(tmp_path / "made")])
     assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "wanted")
 
 
 def test_adams_moments_are_not_loaded_to_make_a_model_folder(tmp_path, monkeypatch):
     model, loaded = random_model(torch.float32), []
-    load = checkpoint.dcp.load
+    load = dcp.load
 
     def note(wanted, **folder):
         loaded.extend(wanted.values())
         load(wanted, **folder)
 
-    monkeypatch.setattr(checkpoint.dcp, "load", note)
+    monkeypatch.setattr(dcp, "load", note)
     step = step_folder(tmp_path, model)
-    checkpoint.export(step, tmp_path / "made")
+    export(step, tmp_path / "made")
     assert sum(x.nbytes for x in loaded) == 2 * sum(p.numel() for p in model.parameters())
 
 

@@ -12,17 +12,10 @@ import torch
 
 import data
 import train
-from data import (
-    Pair,
-    Preference,
-    encode_pair,
-    encode_rows,
-    epoch_permutation,
-    load_preferences,
-    load_tokenizer,
-    micro_batches,
-    split_by_tokens,
-)
+from data import Pair, encode_pair, encode_rows, epoch_permutation, micro_batches, split_by_tokens
+from formats.rows import Preference, load_preferences
+from formats.tokenizer import load_tokenizer
+from run.processes import pick_device
 from tests.layout import tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +127,7 @@ def row(prompt="q", chosen="a", rejected="b", **more):
     return {key: value for key, value in given.items() if value is not ...}
 
 
-HINT = "UTF-8 text, a JSON object a line, is expected (examples/prepare.py makes it)"
+HINT = "UTF-8 text, a JSON object a line, is expected (tools/prepare.py makes it)"
 NEIGHBOURS = "must be text or a list of messages, like its neighbours"
 MESSAGE = "must be a message: role and content, both strings"
 
@@ -152,7 +145,7 @@ BAD_ROWS = {  # what: (the row, words of the complaint)
     "UTF-16": ("{}".encode("utf-16"), HINT),
     "half a surrogate pair": (r'{"prompt": "\ud800", "chosen": "a", "rejected": "b"}', HINT),
     "deeply nested": ("[" * 100_000, HINT),
-    "a list": ([1], "a JSON object is expected, not list (examples/prepare.py reads such a file)"),
+    "a list": ([1], "a JSON object is expected, not list (tools/prepare.py reads such a file)"),
     "a string": ('"x"', "a JSON object is expected, not str"),
     "null": ("null", "a JSON object is expected, not NoneType"),
     "no chosen": (row(chosen=...), "key 'chosen' is missing; the row has ['prompt', 'rejected']"),
@@ -636,7 +629,7 @@ def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, c
     file = write_rows(tmp_path / "rows.jsonl", *rows)
     flags = ["--model", str(tiny_llama), "--chat-template", str(tmp_path / "own.jinja")]
     config = train.parse([*flags, "--data", str(file), "--out", "unused", "--device", "cpu"])
-    train.pick_device(config)
+    pick_device(config)
     train.cap_max_length(config)
     _, tokenizer, trained_on, _ = train.load_inputs(config)
     data.main([str(file), *flags])

@@ -13,8 +13,9 @@ import torch
 
 import data
 import train
-from checkpoint import FAMILIES
+from formats.families import FAMILIES
 from model import ModelConfig, Transformer
+from run.plan import make_plan
 from tests.runs import (
     ROOT,
     UNEVEN,
@@ -76,7 +77,7 @@ def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_proc
 ):
     """Ten pairs of 60 tokens by nine, over eight processes: one has two of them, later seven none,
     so there are fewer micro-batches than processes and steps."""
-    monkeypatch.setattr(train, "world_size", lambda: 8)
+    monkeypatch.setattr("run.plan.world_size", lambda: 8)
     config = train.TrainConfig(
         model="m", out=".", batch_size=9, micro_batch_tokens=budget, dtype="float32"
     )
@@ -84,7 +85,7 @@ def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_proc
     model.compute_dtype = torch.float32
     pairs = train.PairSet([data.Pair([1] * 20, [1] * 20, [1] * 20)] * 10)
     tokenizer = data.load_tokenizer(tiny_tokenizer)
-    plan = train.make_plan(model, tokenizer, pairs, train.PairSet([]), config)
+    plan = make_plan(model, tokenizer, pairs, train.PairSet([]), config)
     expected = 2, 1 if expected else 2, expected
     assert (plan.n_steps, len(plan.largest), plan.several) == expected
 
@@ -163,7 +164,7 @@ def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
     """All three are of step 8. The checkpoint of two processes is read by one."""
     out = two_processes[0] / "-".join(("full", *more))
     step, made = out / "checkpoints" / "step-00000008", tmp_path / "made"
-    command = [sys.executable, "checkpoint.py", str(step), "--out", str(made)]
+    command = [sys.executable, "-m", "tools.export", str(step), "--out", str(made)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (ran.stdout, ran.stderr) == (f"wrote {made}, a Hugging Face folder\n", "")
     assert len([*out.glob("checkpoints/*/*.distcp")]) == 2
@@ -181,11 +182,11 @@ LOAD_AND_SAVE = """
 import functools, os, sys, torch, train
 source, out = sys.argv[1:]
 config = train.TrainConfig(shard=True, device="cpu")
-train.pick_device(config)
-shard = functools.partial(train.shard, config=config)
+pick_device(config)
+shard = functools.partial(shard, config=config)
 model = train.Transformer.from_pretrained(source, config.device, torch.float32, shard)
 assert all(2 * p.to_local().numel() < 1.1 * p.numel() for p in model.parameters() if p.dim() == 2)
-model.save_pretrained(out if train.rank() == 0 else None, shard_bytes=30_000)
+model.save_pretrained(out if rank() == 0 else None, shard_bytes=30_000)
 os._exit(0)
 """
 

@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 import math
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,15 +16,9 @@ from model import Transformer
 
 ROOT = Path(data.__file__).resolve().parent
 BASE = ROOT / "examples" / "facts" / "base"
-sys.path.insert(0, str(ROOT / "examples"))
 
-import compare  # noqa: E402
-import compare_report  # noqa: E402
-import evidence  # noqa: E402
-import methods  # noqa: E402
-import sentiment  # noqa: E402
-import sentiment_report  # noqa: E402
-from methods import Logps, Method  # noqa: E402
+from experiments import compare, compare_report, evidence, methods, sentiment, sentiment_report
+from experiments.methods import Logps, Method
 
 needs_matplotlib = pytest.mark.skipif(
     find_spec("matplotlib") is None, reason="matplotlib is not installed"

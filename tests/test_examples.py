@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data
-from examples import prepare
+from tools import prepare
 
 ROOT = Path(data.__file__).resolve().parent
 BASE = ROOT / "examples" / "facts" / "base"
@@ -21,8 +21,8 @@ PERU = "Question: What is the capital of Peru?\nAnswer:"
 
 
 def run(script: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, input="\n")
+    words = [sys.executable, "-m", f"tools.{script.removesuffix('.py')}", *map(str, arguments)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, input="\n")
     assert done.returncode == code, done.stderr
     return done
 
@@ -316,9 +316,8 @@ def test_sample_says_which_question_fills_the_context(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # task.py
 
-sys.path.insert(0, str(ROOT / "examples"))
 
-import task as task_file  # noqa: E402
+from examples import task as task_file
 
 
 def test_the_chosen_answer_is_the_better_of_two_manners():

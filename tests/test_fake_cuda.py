@@ -19,12 +19,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
+import attention as attention_file
 import data
 import model as model_file
 import train
-from model import ModelConfig, Segments, Transformer
-from train import TrainConfig
+from attention import Segments
+from formats.families import FAMILIES, GPT
+from model import ModelConfig, Transformer
+from run.flags import TrainConfig
+from run.log import n_updates
+from run.lora import add_lora
+from run.plan import block_memory
+from run.processes import pick_device, reshard, shard
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="this PyTorch sees no CUDA device, real or pretended"
@@ -49,7 +55,7 @@ def torchrun(monkeypatch):
 @pytest.mark.parametrize("given", [None, "cuda", "cuda:0"])
 def test_one_process_picks_a_card_with_its_index(given):
     config = TrainConfig(device=given)
-    assert train.pick_device(config) == torch.device("cuda", 0)
+    assert pick_device(config) == torch.device("cuda", 0)
     assert (config.device, config.dtype) == ("cuda:0", "bfloat16")
     assert torch.cuda.current_device() == 0
 
@@ -57,13 +63,13 @@ def test_one_process_picks_a_card_with_its_index(given):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dtype_that_is_given_stays(dtype):
     config = TrainConfig(dtype=dtype)
-    train.pick_device(config)
+    pick_device(config)
     assert config.dtype == dtype
 
 
 def test_the_cpu_can_be_asked_for_where_there_is_a_card():
     config = TrainConfig(device="cpu")
-    assert train.pick_device(config) == torch.device("cpu")
+    assert pick_device(config) == torch.device("cpu")
     assert config.dtype == "float32"
 
 
@@ -71,23 +77,23 @@ def test_the_cpu_can_be_asked_for_where_there_is_a_card():
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_process_of_torchrun_picks_its_own_card(torchrun, given, shard):
     config = TrainConfig(device=given, shard=shard)
-    assert train.pick_device(config) == torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    assert pick_device(config) == torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     assert dist.get_backend_config() == "cpu:gloo,cuda:nccl"
 
 
 def test_a_process_of_torchrun_does_not_pick_another_ones_card(torchrun):
     with pytest.raises(ValueError, match="torchrun gives each process its own"):
-        train.pick_device(TrainConfig(device="cuda:0"))
+        pick_device(TrainConfig(device="cuda:0"))
 
 
 def test_a_card_that_is_not_there_is_refused(torchrun, monkeypatch):
     n = torch.cuda.device_count()
     monkeypatch.setenv("LOCAL_RANK", str(n))
     with pytest.raises(ValueError, match=rf"local rank {n}\): this machine shows {n} CUDA"):
-        train.pick_device(TrainConfig())
+        pick_device(TrainConfig())
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ValueError, match=f"--device cuda:{n}: this machine shows {n} CUDA"):
-        train.pick_device(TrainConfig(device=f"cuda:{n}"))
+        pick_device(TrainConfig(device=f"cuda:{n}"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def fake(monkeypatch):
     """FakeTensorMode. It has no pinned memory, so copies to the device are plain ones."""
-    for module in (train, model_file):
+    for module in (train, attention_file):
         monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
     return FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -137,7 +143,7 @@ def make_model(shape: ModelConfig, config: TrainConfig, device=CUDA) -> Transfor
     finally:
         torch.set_default_dtype(torch.float32)
     if config.lora_rank:
-        model.add_lora(config.lora_rank, 16.0)
+        add_lora(model, config.lora_rank, 16.0)
     model.compute_dtype = getattr(torch, config.dtype)
     n = config.activation_checkpointing
     model.checkpointed_blocks = shape.n_layers if n is True else int(n)
@@ -154,7 +160,7 @@ def step(fake, shape: ModelConfig = SMALL, **settings) -> Calls:
         optimizer = train.make_optimizer(model, config)
         outputs, norm = train.training_step(model, optimizer, batches, config)
         metrics = train.metrics_of(outputs, config.lam, len(PAIRS)) | {"norm": norm}
-        metrics["updates"] = train.n_updates(optimizer, model)
+        metrics["updates"] = n_updates(optimizer, model)
         assert {x.device for x in metrics.values()} == {CUDA}
         for state in optimizer.state.values():
             assert {x.device for x in state.values()} == {CUDA}
@@ -204,8 +210,8 @@ def test_norms_and_the_gathering_of_keys_are_the_cheap_kernels(fake):
     assert calls.n["aten::index_add"] == calls.n_batches
 
 
-GPT = checkpoint.GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0}
-PHI = checkpoint.FAMILIES["phi"].values | {"family": "phi"}
+GPT = GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0}
+PHI = FAMILIES["phi"].values | {"family": "phi"}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +267,7 @@ def test_a_block_is_one_graph_and_is_compiled_once(fake, checkpointed):
 
 def test_one_of_eight_processes_keeps_a_part_of_every_weight(monkeypatch):
     """FSDP2 beside seven processes that are not there."""
-    for module in (train, model_file):
+    for module in (train, attention_file):
         monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
@@ -270,10 +276,10 @@ def test_one_of_eight_processes_keeps_a_part_of_every_weight(monkeypatch):
         )
         batches = train.micro_batches(PAIRS * 8, config)
         mesh = train.init_device_mesh("cuda", (8,))
-        monkeypatch.setattr(train, "init_device_mesh", lambda *_: mesh)
+        monkeypatch.setattr("run.processes.init_device_mesh", lambda *_: mesh)
         with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
             model = make_model(SMALL, config)
-            train.shard(model, config)
+            shard(model, config)
             optimizer = train.make_optimizer(model, config)
             outputs, norm = train.training_step(model, optimizer, batches, config)
             train.metrics_of(outputs, config.lam, len(PAIRS))
@@ -281,7 +287,7 @@ def test_one_of_eight_processes_keeps_a_part_of_every_weight(monkeypatch):
                 assert p.to_local().numel() <= -(-p.shape[0] // 8) * p.numel() // p.shape[0]
             with torch.no_grad():
                 train.forward(model, batches[0], 0.1)
-                train.reshard(model)
+                reshard(model)
         assert norm.device == CUDA and calls.n[VARLEN] > 3 * len(batches)
     finally:
         dist.destroy_process_group()
@@ -339,7 +345,7 @@ def test_loading_and_saving(fake, tmp_path, monkeypatch, dtype):
         assert tensor.device.type == "cpu" and tensor.dtype == torch.float16
         return bytes(tensor.nbytes)
 
-    monkeypatch.setattr(checkpoint, "_raw_bytes", raw_bytes)
+    monkeypatch.setattr("formats.weights._raw_bytes", raw_bytes)
     with fake:
         model = Transformer.from_pretrained(tmp_path / "in", CUDA, dtype)
         assert {p.device for p in model.parameters()} == {CUDA}
@@ -365,7 +371,7 @@ def kept_by_a_block(model: Transformer) -> int:
     shared = {t.untyped_storage()._cdata for t in (*rotation, *segments[3:], *model.parameters())}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         model.layers[0](x.requires_grad_(), *rotation, segments)
-    _, entrance = train.block_memory(model, PAIRS)
+    _, entrance = block_memory(model, PAIRS)
     assert entrance * len(batch.tokens) == x.nbytes * sum(pair.n_tokens for pair in PAIRS)
     # Now, and not as they were saved: FSDP2 lets go of what it gathered.
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in shared)
@@ -382,26 +388,26 @@ def test_the_memory_that_a_block_keeps_is_what_the_plan_says(fake, values, lora_
     with fake:
         model = make_model(shape, TrainConfig(dtype="bfloat16", lora_rank=lora_rank))
         kept = kept_by_a_block(model)
-        assert train.block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
+        assert block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
 
 
 def test_the_memory_that_a_sharded_block_keeps_is_what_the_plan_says(monkeypatch):
     """Gathered weights are not kept: each block gathers them again for its backward pass."""
-    for module in (train, model_file):
+    for module in (train, attention_file):
         monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         config = TrainConfig(dtype="bfloat16", device="cuda:0", shard=True)
         (batch,) = train.micro_batches(PAIRS, config, share=False)
         mesh = train.init_device_mesh("cuda", (8,))
-        monkeypatch.setattr(train, "init_device_mesh", lambda *_: mesh)
+        monkeypatch.setattr("run.processes.init_device_mesh", lambda *_: mesh)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = make_model(ModelConfig(1000, 256, 2, 8, 1024, n_kv_heads=2), config)
-            train.shard(model, config)
+            shard(model, config)
             with torch.no_grad():  # tells the blocks that they are parts of a model
                 train.forward(model, batch, 0.1)
-            train.reshard(model)
+            reshard(model)
             kept = kept_by_a_block(model)
-            assert train.block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
+            assert block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
     finally:
         dist.destroy_process_group()

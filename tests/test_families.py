@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as model_module
+import attention as attention_module
 import orpo
 import train
-from checkpoint import FAMILIES, write_safetensors
+from attention import attention
 from data import Pair, micro_batches
-from model import Transformer, attention
+from formats.families import FAMILIES
+from formats.weights import write_safetensors
+from model import Transformer
 from tests.golden.make_families import weights
 from tests.layout import plain
 
@@ -101,7 +103,7 @@ def test_flash_attention_is_told_how_many_keys_lie_before_a_querys_own(monkeypat
     """A window of four keys is the query's own and three before it; -1 is no limit."""
     told = []
     monkeypatch.setattr(
-        model_module, "varlen_attn", lambda *args, window_size, **_: told.append(window_size)
+        attention_module, "varlen_attn", lambda *args, window_size, **_: told.append(window_size)
     )
     q, k, v = torch.zeros(3, 12, 2, 8, dtype=torch.bfloat16).as_subclass(OnCuda)
     for window in (4, 6, 7, None):

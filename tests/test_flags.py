@@ -11,6 +11,9 @@ import pytest
 
 import data
 import train
+from data import step_pairs
+from run.folder import refuse_other_settings
+from run.lora import lora_layers
 from tests.runs import evaluations, files, run, steps
 
 
@@ -42,8 +45,7 @@ def test_the_schedule_reaches_every_parameter_group(arguments, monkeypatch):
 def test_the_seed_decides_the_order():
     pairs = [data.Pair([i], [i], [i]) for i in range(40)]
     orders = {
-        tuple(pair.prompt[0] for pair in train.step_pairs(pairs, 1, train.TrainConfig(seed=seed)))
-        for seed in (1, 2, 3)
+        tuple(pair.prompt[0] for pair in step_pairs(pairs, 1, 32, seed)) for seed in (1, 2, 3)
     }
     assert len(orders) == 3
 
@@ -62,13 +64,14 @@ def test_so_many_blocks_are_checkpointed(given, wanted, loaded):
 
 
 def test_adapters_count_alpha_over_rank(loaded):
-    scales = {layer.scale for layer in loaded(lora_rank=4, lora_alpha=6.0).lora_layers().values()}
+    model = loaded(lora_rank=4, lora_alpha=6.0)
+    scales = {layer.scale for layer in lora_layers(model).values()}
     assert scales == {1.5}
 
 
 def test_the_seed_decides_the_adapters(loaded):
     a, b, c = (
-        next(iter(loaded(lora_rank=2, seed=seed).lora_layers().values())).lora_A
+        next(iter(lora_layers(loaded(lora_rank=2, seed=seed)).values())).lora_A
         for seed in (1, 1, 2)
     )
     assert a.equal(b) and not a.equal(c)
@@ -123,15 +126,15 @@ OTHERS = {
 def test_a_run_is_not_resumed_with_another(name):
     config = train.TrainConfig("/m", "/d", out="/o", device="cpu", dtype="float32")
     then = dataclasses.asdict(config)
-    train.refuse_other_settings(config, then, Path("step-1"))
+    refuse_other_settings(config, then, Path("step-1"))
     other = dataclasses.replace(config, **{name: OTHERS[name]})
     with pytest.raises(ValueError, match=f"--resume: {name} was .* now {OTHERS[name]!r}"):
-        train.refuse_other_settings(other, then, Path("step-1"))
+        refuse_other_settings(other, then, Path("step-1"))
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """train.py's clock, which moves two seconds a step, a thousand an evaluation, and not else."""
+    """The log's clock, which moves two seconds a step, a thousand an evaluation, and not else."""
     seconds = [0.0]
 
     def takes(name: str, n: float):
@@ -145,10 +148,10 @@ def clock(monkeypatch) -> list[float]:
 
     takes("training_step", 2.0)
     takes("evaluate", 1000.0)
-    monkeypatch.setattr(train, "product_rate", lambda model: 1e9)  # which waits for the clock
+    monkeypatch.setattr("run.plan.product_rate", lambda model: 1e9)  # which waits for the clock
 
     clock = SimpleNamespace(**vars(time) | {"perf_counter": lambda: seconds[0]})
-    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr("run.log.time", clock)
     return seconds
 
 
@@ -161,7 +164,10 @@ def test_tokens_per_second_are_of_all_steps_since_the_row_before_and_of_no_evalu
     tokenizer, preferences = data.load_tokenizer(config.model), data.load_preferences(config.data)
     pairs, _ = data.encode_rows(tokenizer, preferences, 128, 128)
     for row in rows:
-        two = [train.step_pairs(pairs, k, config) for k in (row["step"] - 1, row["step"])]
+        two = [
+            step_pairs(pairs, k, config.batch_size, config.seed)
+            for k in (row["step"] - 1, row["step"])
+        ]
         n_tokens = sum(sum(pair.lengths) for step in two for pair in step)
         assert row["tokens_per_second"] == pytest.approx(n_tokens / 4)
     assert [row["step"] for row in rows] == [2, 4, 6] and clock[0] == 3012

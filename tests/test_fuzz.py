@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import tokenizer
-from checkpoint import FAMILIES, read_safetensors, write_safetensors
+from formats import tokenizer
+from formats.families import FAMILIES
+from formats.weights import read_safetensors, write_safetensors
 from model import ModelConfig, Transformer
 from tests.tokenizer_json import byte_level, llama2, metaspace
 

@@ -5,12 +5,12 @@ probability ratio of Eq. 16 in place of the odds ratio), take the place of the r
 Every row that can see the mistake must fail, at every level, and no other.
 """
 
-import gradcheck
 import pytest
 import torch
 import torch.nn.functional as F
 
 import orpo
+from tests import gradcheck
 
 LOSS, PAPER, AUTOGRAD, DIFFERENCES = (
     "the loss, op by op",

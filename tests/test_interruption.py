@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -16,10 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import data
 import train
+from data import step_pairs
+from formats.weights import write_safetensors
 from model import ModelConfig, Transformer
+from run.flags import settings_of
+from run.folder import locked
+from run.saving import training_state
 from tests.runs import (
     ROOT,
     TWELVE_STEPS,
@@ -93,9 +98,9 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(arguments, evaluated, 
     arguments += ["--save-every", "3", "--eval-every", "4"]
     folder, seen = tmp_path / "out" / "checkpoints", []
     for target, n in (
-        ("train.write_row", 3),  # step 2's
+        ("run.log.write_row", 3),  # step 2's
         ("torch.distributed.checkpoint.FileSystemWriter.finish", 2),  # only the index is missing
-        ("train.shutil.rmtree", 6),  # step 3's, behind that of step 9
+        ("run.saving.shutil.rmtree", 6),  # step 3's, behind that of step 9
     ):
         killed = interrupted(target, n, signal.SIGKILL, [*arguments, "--resume"])
         assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -202,7 +207,7 @@ def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("target", ["train.load_inputs", "train.save_model"])
+@pytest.mark.parametrize("target", ["train.load_inputs", "run.saving.save_model"])
 def test_ctrl_c_outside_of_the_loop_is_one_line(arguments, tmp_path, target):
     stopped = interrupted(target, 1, signal.SIGINT, [*arguments, "--max-steps", "1"])
     assert stopped.returncode == 130
@@ -323,7 +328,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(
         "--resume",
     ]
     (tmp_path / "out").mkdir()
-    settings = json.dumps(train.settings_of(train.parse(arguments)))
+    settings = json.dumps(settings_of(train.parse(arguments)))
     (tmp_path / "out" / "config.json").write_text(settings)
     (tmp_path / "out" / "finished").write_text("12\n")
     message = fails(capsys, [*arguments, "--max-steps", "13"])
@@ -370,7 +375,7 @@ def test_the_last_step_leaves_a_checkpoint(whole):
 def test_a_folder_belongs_to_one_process(arguments, tmp_path, capsys):
     """That one which is killed does not keep it: test_killed_three_times_..."""
     for made_before in (False, True):
-        with checkpoint.locked(tmp_path / "out"):
+        with locked(tmp_path / "out"):
             message = fails(capsys, arguments)
         assert f"--out {tmp_path}/out: another process is running in this folder" in message
         assert (tmp_path / "out").exists() == made_before
@@ -414,8 +419,8 @@ def test_so_many_checkpoints_are_kept(arguments, tmp_path, keep):
 
 @contextlib.contextmanager
 def full_disk(monkeypatch, function: str, n: int):
-    """Within the n-th call of this function of train.py no file may grow beyond 100 KB."""
-    real, calls = getattr(train, function), []
+    """Within the n-th call of this function (module.name) no file may grow beyond 100 KB."""
+    real, calls = pkgutil.resolve_name(function), []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*args, **kwargs):
@@ -428,7 +433,7 @@ def full_disk(monkeypatch, function: str, n: int):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, function, limited)
+        patch.setattr(function, limited)
         yield
 
 
@@ -436,7 +441,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     arguments, whole, tmp_path, monkeypatch, capsys
 ):
     arguments += ["--save-every", "4"]
-    with full_disk(monkeypatch, "save_checkpoint", 2):
+    with full_disk(monkeypatch, "train.save_checkpoint", 2):
         message = fails(capsys, arguments)
     assert "File too large" in message and "step-00000008: not written" in message
     assert "step-00000004;" in message and "--resume" in message
@@ -449,7 +454,7 @@ def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
     arguments, tmp_path, monkeypatch, capsys
 ):
     arguments += ["--eval-every", "3"]
-    write, written = checkpoint.write_safetensors, []
+    write, written = write_safetensors, []
 
     def limited(path, *rest):
         written.append(path)
@@ -457,7 +462,7 @@ def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
         if len(written) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", limited)
+    monkeypatch.setattr("formats.weights.write_safetensors", limited)
     evaluates_to(monkeypatch, 1.0, 5.0, 3.0)
     out = tmp_path / "out"
     reason = f"{out}/best: not written: No space left on device; fix this, then continue with --res"
@@ -470,7 +475,7 @@ def test_a_full_disk_while_the_model_is_written_loses_no_step(
     arguments, whole, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    with full_disk(monkeypatch, "save_model", 1):
+    with full_disk(monkeypatch, "run.saving.save_model", 1):
         message = fails(capsys, arguments)
     assert f"{out}/model: not written: File too large; " in message
     assert "step-00000012; make space, then continue with --resume" in message
@@ -484,7 +489,7 @@ def test_a_full_disk_while_the_model_is_written_loses_no_step(
 def test_a_full_disk_for_the_last_checkpoint_alone_still_gives_the_model(
     arguments, whole, tmp_path, monkeypatch, capsys
 ):
-    with full_disk(monkeypatch, "save_checkpoint", 1):
+    with full_disk(monkeypatch, "train.save_checkpoint", 1):
         rows = run(arguments)
     message = capsys.readouterr().err.splitlines()[-1]
     assert "step-00000012: not written: " in message and "--resume" not in message
@@ -495,7 +500,7 @@ def test_a_full_disk_for_the_last_checkpoint_alone_still_gives_the_model(
 def test_a_full_disk_for_the_rows_names_their_file(arguments, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").write_text(" " * 100_000)
-    with full_disk(monkeypatch, "write_row", 1), monkeypatch.context() as patch:
+    with full_disk(monkeypatch, "run.log.write_row", 1), monkeypatch.context() as patch:
         patch.setattr(train, "begin_folder", lambda *args: None)
         message = fails(capsys, arguments)
     assert f"{tmp_path}/out/metrics.jsonl: not written: File too large; " in message
@@ -530,7 +535,9 @@ def test_what_is_not_finite_stops_the_run_with_step_row_and_term(poisoned, tmp_p
     arguments, file = poisoned
     config = train.parse(arguments)
     rows = data.load_preferences(file)
-    bad = next(k for k in range(1, 6) if rows[6] in train.step_pairs(rows, k, config))
+    bad = next(
+        k for k in range(1, 6) if rows[6] in step_pairs(rows, k, config.batch_size, config.seed)
+    )
     assert bad > 1  # so that there is a checkpoint
     arguments += ["--save-every", str(bad - 1), "--micro-batch-tokens", "30"]
     for log_every in ("1", "50"):
@@ -566,9 +573,9 @@ def test_no_update_is_made_from_a_gradient_that_is_not_finite_nor_after_it():
     good, bad = [data.Pair([1], [2, 3], [4])], [data.Pair([1], [2, 49, 3], [4])]
 
     def changed(pairs) -> bool:
-        before = [x.clone() for x in train.training_state(model, optimizer).values()]
+        before = [x.clone() for x in training_state(model, optimizer).values()]
         train.training_step(model, optimizer, train.micro_batches(pairs, config), config)
-        after = train.training_state(model, optimizer).values()
+        after = training_state(model, optimizer).values()
         return not all(map(torch.equal, before, after))
 
     changed(good)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-import checkpoint
 import data
 import orpo
 import train
-from checkpoint import FAMILIES
-from model import Linear, LoRALinear, ModelConfig, Transformer
+from formats.families import FAMILIES
+from model import Linear, ModelConfig, Transformer, trainable
+from run.lora import LoRALinear, add_lora, lora_layers, merge_lora
+from run.plan import Plan, make_plan, step_flops
+from run.saving import save_checkpoint, save_model, training_state
 from tests.models import tiny
 from tests.one_step import Products, keys_seen, one_step, some_pairs
 from tests.runs import (
@@ -31,12 +33,14 @@ from tests.runs import (
     steps,
     weights,
 )
+from tools import export as export_file
+from tools.export import export
 
 
 def adapted(seed: int, model: Transformer | None = None, rank: int = 3) -> Transformer:
     """A model whose B is not zero, so that every gradient is there."""
     model = tiny() if model is None else model
-    model.add_lora(rank, alpha=8.0, seed=seed)
+    add_lora(model, rank, alpha=8.0, seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for module in adapters(model).values():
@@ -45,7 +49,7 @@ def adapted(seed: int, model: Transformer | None = None, rank: int = 3) -> Trans
 
 
 def adapters(model: Transformer) -> dict[str, LoRALinear]:
-    return model.lora_layers()
+    return lora_layers(model)
 
 
 def loss_of(model: Transformer, pairs, lam=0.5) -> torch.Tensor:
@@ -88,7 +92,7 @@ def test_gradients_are_those_of_a_merged_weight(checkpointing):
 def test_at_the_start_the_loss_is_that_of_the_model_alone(dtype):
     model, pairs = tiny(dtype).to(dtype), some_pairs(6, seed=2)
     base = loss_of(model, pairs)
-    model.add_lora(4, 16.0)
+    add_lora(model, 4, 16.0)
     assert torch.equal(loss_of(model, pairs), base)
 
 
@@ -96,7 +100,7 @@ def test_at_the_start_the_loss_is_that_of_the_model_alone(dtype):
 def test_a_step_changes_the_adapters_and_nothing_else(dtype):
     model, pairs = tiny(dtype).to(dtype), some_pairs(6, seed=2)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    model.add_lora(4, 16.0)
+    add_lora(model, 4, 16.0)
     base = loss_of(model, pairs)
     for _ in range(2):  # in the first step B alone has a gradient
         one_step(model, pairs, lr=1e-2, dtype=str(dtype)[6:])
@@ -135,7 +139,7 @@ def test_the_merged_model_of_every_family_is_saved_like_any_other(family, tmp_pa
     names = [name for name, _ in family.named_parameters()]
     stored = copy.deepcopy(family)
     wanted = adapted(3, family)(TOKENS)
-    merged = family.merge_lora(stored)
+    merged = merge_lora(family, stored)
     assert [name for name, _ in merged.named_parameters()] == names and not adapters(merged)
     merged.save_pretrained(tmp_path)
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(TOKENS), wanted)
@@ -149,7 +153,7 @@ def test_adapters_are_not_saved_before_they_are_merged(tmp_path):
 
 def test_adapters_are_not_added_twice():
     with pytest.raises(ValueError, match="already"):
-        adapted(3).add_lora(2, 1.0)
+        add_lora(adapted(3), 2, 1.0)
 
 
 def test_a_frozen_lm_head_costs_two_products_and_not_three():
@@ -175,7 +179,7 @@ def test_a_step_does_the_operations_that_the_formula_counts():
     """But for the first block's q, k and v: what comes into them has no gradient, as nothing in
     front of them is trained."""
     model, pairs = tiny(), some_pairs(7, seed=4)
-    model.add_lora(5, 8.0)
+    add_lora(model, 5, 8.0)
     with Products() as products:
         one_step(model, pairs)
     n = sum(pair.n_tokens for pair in pairs)
@@ -185,7 +189,7 @@ def test_a_step_does_the_operations_that_the_formula_counts():
         for m in (first.q_proj, first.k_proj, first.v_proj)
     )
     attention = 12 * model.config.n_layers * model.config.dim * keys_seen(pairs)
-    needed = train.step_flops(model, pairs, train.TrainConfig(sft_loss="full"))
+    needed = step_flops(model, pairs, train.TrainConfig(sft_loss="full"))
     assert products.operations == needed - attention - unneeded
 
 
@@ -196,7 +200,7 @@ def test_compiled_blocks_have_the_same_gradients():
     def gradients():
         model.zero_grad()
         loss_of(model, pairs).backward()
-        return [p.grad for p in train.trainable(model)]
+        return [p.grad for p in trainable(model)]
 
     wanted = gradients()
     torch._dynamo.reset()
@@ -228,19 +232,19 @@ def test_a_run_resumes_to_the_bit(arguments, tmp_path, monkeypatch):
 def test_the_plan_tells_the_trained_parameters_from_the_models(tiny_tokenizer, capsys):
     model, config = tiny(), train.TrainConfig(model="m", out=".", dtype="float32")
     n_parameters = sum(p.numel() for p in model.parameters())
-    model.add_lora(4, 8.0)
-    n_trained = sum(p.numel() for p in train.trainable(model))
+    add_lora(model, 4, 8.0)
+    n_trained = sum(p.numel() for p in trainable(model))
     tokenizer, pairs = data.load_tokenizer(tiny_tokenizer), train.PairSet(some_pairs(3, seed=6))
-    train.make_plan(model, tokenizer, pairs, train.PairSet([]), config)
+    make_plan(model, tokenizer, pairs, train.PairSet([]), config)
     printed = capsys.readouterr().out
     assert f"{n_parameters:,} parameters" in printed and f"{n_trained:,} trained" in printed
 
 
 def test_a_checkpoint_holds_adapters_alone_and_a_number_to_know_the_base_again():
     model = tiny()
-    model.add_lora(4, 8.0)
-    state = train.training_state(model, train.make_optimizer(model, train.TrainConfig()))
-    n_trained = sum(p.numel() for p in train.trainable(model))
+    add_lora(model, 4, 8.0)
+    state = training_state(model, train.make_optimizer(model, train.TrainConfig()))
+    n_trained = sum(p.numel() for p in trainable(model))
     assert 0 < n_trained < sum(p.numel() for p in model.parameters()) / 2
     assert sum(x.numel() for x in state.values()) == n_trained + 1
 
@@ -269,7 +273,7 @@ def test_a_float32_checkpoint_stays_one_in_bfloat16_runs(tmp_path):
     tiny().save_pretrained(tmp_path)
     stored = Transformer.from_pretrained(tmp_path)
     model = adapted(6, Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16))
-    merged = model.merge_lora(Transformer.from_pretrained(tmp_path))
+    merged = merge_lora(model, Transformer.from_pretrained(tmp_path))
     assert torch.equal(merged.embed_tokens.weight, stored.embed_tokens.weight)
     for name, m in adapters(model).items():
         change = 8 / 3 * (m.lora_B.double() @ m.lora_A.double())
@@ -283,20 +287,20 @@ def test_a_checkpoint_becomes_the_merged_model(folder, arguments, tmp_path, caps
     base = shutil.copytree(folder / "model", tmp_path / "base")
     run(arguments, "--save-every", "12", *LORA, "--model", str(base))
     step, made = tmp_path / "out" / "checkpoints" / "step-00000012", tmp_path / "made"
-    checkpoint.main([str(step), "--out", str(made)])
+    export_file.main([str(step), "--out", str(made)])
     assert file_bytes(made) == file_bytes(tmp_path / "out" / "model")
     # The base has moved, and in its place there is nothing, or another one.
     moved, again = base.rename(tmp_path / "moved"), tmp_path / "again"
     with pytest.raises(ValueError, match=r"base: the base model of .* is not there; .* --model"):
-        checkpoint.export(step, again)
-    checkpoint.main([str(step), "--out", str(again), "--model", str(moved)])
+        export(step, again)
+    export_file.main([str(step), "--out", str(again), "--model", str(moved)])
     assert file_bytes(made) == file_bytes(again)
     model = Transformer.from_pretrained(moved)
     with torch.no_grad():
         model.norm.weight.mul_(1.01)
     model.save_pretrained(base)
     with pytest.raises(ValueError, match=r"base: is not the model that was trained; .* --model"):
-        checkpoint.export(step, tmp_path / "other")
+        export(step, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -307,10 +311,10 @@ def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_toke
     config = train.TrainConfig(model=str(base), lora_rank=3, lora_alpha=8.0, dtype="bfloat16")
     model = adapted(3, Transformer.from_pretrained(base, dtype=dtype))
     tokenizer, pairs = data.load_tokenizer(tiny_tokenizer), some_pairs(1, seed=1)
-    train.save_model(model, tokenizer, pairs, config, tmp_path / "model")
-    optimizer, plan = train.make_optimizer(model, config), train.Plan(2, 2, pairs, False, {})
-    train.save_checkpoint(tmp_path, 1, model, optimizer, tokenizer, pairs, plan, config)
-    checkpoint.export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")
+    save_model(model, tokenizer, pairs, config, tmp_path / "model")
+    optimizer, plan = train.make_optimizer(model, config), Plan(2, 2, pairs, False, {})
+    save_checkpoint(tmp_path, 1, model, optimizer, tokenizer, pairs, plan, config)
+    export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")
     assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "model")
     assert Transformer.from_pretrained(tmp_path / "made").config.dtype == "float32"
 

@@ -9,9 +9,10 @@ import random
 import pytest
 import torch
 
-from checkpoint import FAMILIES
+from attention import Gather
 from data import Pair, micro_batches
-from model import ApplyRotary, Gather, KVCache, Transformer, sample
+from formats.families import FAMILIES
+from model import ApplyRotary, KVCache, Transformer, sample
 from orpo import fused_linear_orpo, odds_ratio_loss, orpo_loss, response_logps
 from tests.layout import packed, segments_of
 from tests.models import V, kinds, random_model

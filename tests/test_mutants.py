@@ -1,4 +1,4 @@
-"""The list of planted bugs fits the source. `python tests/mutants.py` shows who notices them."""
+"""The list of planted bugs fits the source. `python -m tests.mutants` shows who notices them."""
 
 import ast
 import re

@@ -10,11 +10,11 @@ import json
 import math
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 
 import orpo
+from tests import oracle
 
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-12}
 GOLDEN = Path(__file__).parent / "golden" / "orpo.json"

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import model as model_module
 import train
+from attention import _pad_segments
+from run.plan import step_flops
 from tests.layout import packed
 from tests.models import tiny
 from tests.one_step import Products, keys_seen, one_step, some_pairs
@@ -34,7 +35,7 @@ def test_a_step_does_the_operations_that_the_formula_counts(
         weights = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
         weights -= sum(block.mlp.down_proj.weight.numel() for block in model.layers)
         again = 2 * weights * sum(pair.n_tokens for pair in pairs)
-    needed = train.step_flops(model, pairs, train.TrainConfig(**settings))
+    needed = step_flops(model, pairs, train.TrainConfig(**settings))
     assert products.operations == needed - attention + again
 
 
@@ -46,7 +47,7 @@ def test_attention_counts_the_keys_that_a_query_sees():
         segments = packed(lengths)
         keys = 0
         for window in windows:
-            padded = model_module._pad_segments(segments.lengths, window, CPU, torch.float32, True)
+            padded = _pad_segments(segments.lengths, window, CPU, torch.float32, True)
             seen = torch.cat([(bias == 0).sum(-1).flatten() for bias in padded.biases])
             keys += int(seen[padded.q_rows].sum())
         counted = model.training_flops(lengths, 0)

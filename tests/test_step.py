@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from model import trainable
 from tests.models import tiny
 from tests.one_step import some_pairs
 
@@ -15,7 +16,7 @@ def sharp(dtype: torch.dtype) -> torch.nn.Module:
     """`tiny` with norms and biases that are not all alike, and its parameters in dtype."""
     model = tiny(dtype, layer_norm=True, o_bias=True, mlp_bias=True, qkv_bias=True).to(dtype)
     with torch.no_grad():
-        for p in train.trainable(model):
+        for p in trainable(model):
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     return model

@@ -12,17 +12,18 @@ import time
 import pytest
 import torch
 
-from data import encode_prompt, load_tokenizer
-from tests.conftest import train_sentencepiece
-from tests.tokenizer_json import LEVEL, MARK, byte_level, llama2, metaspace
-from tokenizer import (
+from data import encode_prompt
+from formats.tokenizer import (
     CHARACTER_OF_BYTE,
     GPT2_WORDS,
     LLAMA3_WORDS,
     QWEN2_WORDS,
+    load_tokenizer,
     merge_symbols,
     split_words,
 )
+from tests.conftest import train_sentencepiece
+from tests.tokenizer_json import LEVEL, MARK, byte_level, llama2, metaspace
 
 
 @pytest.fixture

@@ -10,13 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import data
 import orpo
 import train
-from checkpoint import FAMILIES
+from data import step_pairs, steps_in_epoch
 from examples import minimal
-from model import ModelConfig, Transformer, rotary
+from formats.families import FAMILIES
+from model import ModelConfig, Transformer, rotary, trainable
+from run.answers import accepted, answers
+from run.flags import BUILTIN, BUILTIN_OUT, ELSEWHERE
+from run.folder import read_rows
+from run.lora import add_lora
+from run.plan import block_memory, count_parameters, disk_needed, fixed_memory, out_of_memory_advice
+from run.processes import pick_device
 from tests.layout import segments_of
 from tests.runs import (
     FACTS,
@@ -31,6 +37,7 @@ from tests.runs import (
     steps,
     weights,
 )
+from tools import export as export_file
 
 
 def test_every_step_has_one_row_with_every_metric(whole):
@@ -94,7 +101,7 @@ def test_step_1_is_the_objective_by_the_plain_path(arguments, sft_loss):
     rows = data.load_preferences(config.data)
     pairs, _ = data.encode_rows(data.load_tokenizer(config.model), rows, 128, 128)
     sides, nll_all, n_all = {"chosen": [], "rejected": []}, 0.0, 0
-    for pair in train.step_pairs(pairs, 1, config):
+    for pair in step_pairs(pairs, 1, config.batch_size, config.seed):
         for name, logps in sides.items():
             tokens = torch.tensor([[*pair.prompt, *getattr(pair, name)]])
             mask = torch.arange(1, tokens.shape[1])[None] >= len(pair.prompt)
@@ -142,9 +149,8 @@ def test_a_step_ignores_how_it_is_cut_into_micro_batches(arguments, tmp_path, sf
 
 
 def test_every_pair_is_seen_once_an_epoch_also_in_a_short_last_step():
-    config = train.TrainConfig(batch_size=4, seed=7)
     pairs = [data.Pair([i], [i], [i]) for i in range(10)]
-    epochs = [[train.step_pairs(pairs, 3 * e + i, config) for i in (1, 2, 3)] for e in (0, 1)]
+    epochs = [[step_pairs(pairs, 3 * e + i, 4, 7) for i in (1, 2, 3)] for e in (0, 1)]
     assert [len(step) for step in epochs[0]] == [4, 4, 2]
     seen = [[pair.prompt[0] for step in epoch for pair in step] for epoch in epochs]
     assert sorted(seen[0]) == sorted(seen[1]) == list(range(10)) and seen[0] != seen[1]
@@ -254,7 +260,7 @@ def test_the_best_model_is_that_of_the_lowest_evaluation(arguments, tmp_path, mo
     assert [json.loads(best.pop("evaluation.json"))] == [
         row for row in evaluations(rows) if row["step"] == 6
     ]
-    checkpoint.main([f"{out}/checkpoints/step-00000006", "--out", str(tmp_path / "exported")])
+    export_file.main([f"{out}/checkpoints/step-00000006", "--out", str(tmp_path / "exported")])
     assert best == file_bytes(tmp_path / "exported")
     assert best.keys() == file_bytes(out / "model").keys()
     assert best["model.safetensors"] != weights(out)
@@ -274,15 +280,15 @@ def test_the_disk_that_the_plan_asks_for_holds_the_best_model_and_adapters(tmp_p
     model = Transformer(ModelConfig(100, 16, 2, 2, 24, dtype="bfloat16"))
     n = sum(p.numel() for p in model.parameters())
     config = train.TrainConfig(save_every=0)
-    assert train.disk_needed(model, 9, config)[0] == 2 * n
+    assert disk_needed(model, 9, config)[0] == 2 * n
     config.eval_every = 5
-    assert train.disk_needed(model, 9, config)[0] == 4 * n
-    model.add_lora(4, 8.0)
-    adapters = sum(p.numel() for p in train.trainable(model))
+    assert disk_needed(model, 9, config)[0] == 4 * n
+    add_lora(model, 4, 8.0)
+    adapters = sum(p.numel() for p in trainable(model))
     config.lora_rank = 4
-    assert train.disk_needed(model, 9, config)[0] == 4 * n
+    assert disk_needed(model, 9, config)[0] == 4 * n
     config.lora_adapters = True
-    assert train.disk_needed(model, 9, config)[0] == 4 * n + 4 * adapters
+    assert disk_needed(model, 9, config)[0] == 4 * n + 4 * adapters
 
 
 @pytest.mark.parametrize("out", [True, False])
@@ -380,7 +386,7 @@ def test_eval_only_leaves_the_rows_of_a_run_alone(arguments, whole, tmp_path):
 
 def test_another_programs_metrics_are_no_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'3\n[1]\n"loss"\n{"loss": 1}\n\xff\n')
-    assert train.read_rows(tmp_path) == []
+    assert read_rows(tmp_path) == []
 
 
 @pytest.mark.parametrize("said", ["y", "y z", "Y", ""], ids=repr)
@@ -388,13 +394,12 @@ def test_only_an_exact_answer_is_accepted(said, monkeypatch):
     """Two of three rows list what they accept. The sampled answers are both right, and of the
     greedy ones half is: the first, "x", but not another text than "z" or "yz"."""
     monkeypatch.setattr(
-        train,
-        "answers",
+        "run.answers.answers",
         lambda *args, temperature, **_: ["x", "yz"] if temperature else ["x", said],
     )
     pair = data.Pair([1, 5], [6, 2], [7, 2])
     pairs = [pair._replace(accept=accept) for accept in (["x"], None, ["z", "yz"])]
-    shares = train.accepted(Transformer(ModelConfig(10, 8, 1, 1, 8)), None, pairs, 0)
+    shares = accepted(Transformer(ModelConfig(10, 8, 1, 1, 8)), None, pairs, 0)
     assert shares == {"eval_accepted/sampled": 1.0, "eval_accepted/greedy": 0.5}
 
 
@@ -405,21 +410,21 @@ def test_an_answer_is_without_the_end_that_its_template_writes(folder, monkeypat
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     monkeypatch.setattr(tokenizer, "decode", lambda ids: "Lima.<|im_end|>\n")
     assert tokenizer.turn_end() == "<|im_end|>"
-    assert train.answers(model, tokenizer, [[1, 5]], 3) == ["Lima."]
+    assert answers(model, tokenizer, [[1, 5]], 3) == ["Lima."]
 
 
 def test_a_prompt_that_fills_the_context_has_no_answer(folder):
     model = Transformer.from_pretrained(folder / "model")
     tokenizer = data.load_tokenizer(folder / "model")
     full = [1] * model.config.max_seq_len
-    assert train.answers(model, tokenizer, [full, [1, 5]], 3)[0] == ""
+    assert answers(model, tokenizer, [full, [1, 5]], 3)[0] == ""
 
 
 def test_the_built_in_folder_is_replaced_by_the_built_in_job_alone(
     arguments, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    out = ["--out", str(train.BUILTIN_OUT)]
+    out = ["--out", str(BUILTIN_OUT)]
     run(arguments, *out, "--max-steps", "1")
     assert "holds a run" in fails(capsys, [*arguments, *out])
 
@@ -432,11 +437,11 @@ def test_answers_do_not_depend_on_their_neighbours(batch_tokens):
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 200) for _ in range(rng.randint(1, 60))] for _ in range(9)]
     batches = []
-    together = train.answers(
+    together = answers(
         model, tokenizer, prompts, 24, batch_tokens, lambda b: batches.extend(b) or b
     )
     assert len(batches) in {1: [9], 200: range(3, 9), 10**6: [1]}[batch_tokens]
-    assert together == [train.answers(model, tokenizer, [p], 24)[0] for p in prompts]
+    assert together == [answers(model, tokenizer, [p], 24)[0] for p in prompts]
     assert len(set(together)) > 4
 
 
@@ -445,7 +450,7 @@ def test_sampled_answers_are_those_of_the_generator():
     tokenizer = data.load_tokenizer(FACTS / "base")
     prompts = [[5], [6, 7, 8], [9] * 20]
     first, again, other = (
-        train.answers(
+        answers(
             model, tokenizer, prompts, 24, temperature=1.0,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -471,8 +476,8 @@ def test_flags_win_over_the_config_and_its_paths_are_relative_to_it(folder, tmp_
 def test_no_flag_means_the_built_in_job():
     config = train.parse([])
     assert Path(config.model).resolve() == (FACTS / "base").resolve()
-    assert config.out == str(train.BUILTIN_OUT)
-    assert train.parse(["--config", str(train.BUILTIN)]) == config
+    assert config.out == str(BUILTIN_OUT)
+    assert train.parse(["--config", str(BUILTIN)]) == config
     assert train.parse(["--seed", "7"]).seed == 7
 
 
@@ -556,8 +561,8 @@ def test_what_is_missing_is_asked_for():
 
 def test_the_flags_of_other_programs_lead_to_ours():
     ours = {f.name.replace("_", "-") for f in dataclasses.fields(train.TrainConfig)}
-    theirs = " ".join(train.ELSEWHERE.values()).split()
-    assert set(train.ELSEWHERE) <= ours and not set(theirs) & ours
+    theirs = " ".join(ELSEWHERE.values()).split()
+    assert set(ELSEWHERE) <= ours and not set(theirs) & ours
     assert len(set(theirs)) == len(theirs)
 
 
@@ -571,14 +576,14 @@ def test_the_flags_of_other_programs_lead_to_ours():
 )
 def test_a_device_that_is_not_there_is_refused(device, words):
     with pytest.raises(ValueError) as error:
-        train.pick_device(train.TrainConfig(device=device))
+        pick_device(train.TrainConfig(device=device))
     assert str(error.value) == words.format(torch.cuda.device_count())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none_is_refused():
     with pytest.raises(ValueError, match="--device cuda: this machine shows 0 CUDA devices"):
-        train.pick_device(train.TrainConfig(device="cuda"))
+        pick_device(train.TrainConfig(device="cuda"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -588,16 +593,16 @@ def test_cuda_where_there_is_none_is_refused():
 def test_the_fixed_memory_is_counted_from_the_parameters(monkeypatch):
     model, config = Transformer(ModelConfig(100, 16, 2, 2, 24)), train.TrainConfig(dtype="bfloat16")
     n = sum(p.numel() for p in model.parameters())
-    assert train.count_parameters(model) == (n, n)
-    assert train.fixed_memory(n, n, config) == 16 * n  # weights, gradients, two moments: float32
-    monkeypatch.setattr(train, "world_size", lambda: 4)
-    assert train.fixed_memory(n, n, config) == 16 * n
-    assert train.fixed_memory(n, n, train.TrainConfig(shard=True)) == 4 * n
-    model.add_lora(3, 16.0)
+    assert count_parameters(model) == (n, n)
+    assert fixed_memory(n, n, config) == 16 * n  # weights, gradients, two moments: float32
+    monkeypatch.setattr("run.plan.world_size", lambda: 4)
+    assert fixed_memory(n, n, config) == 16 * n
+    assert fixed_memory(n, n, train.TrainConfig(shard=True)) == 4 * n
+    add_lora(model, 3, 16.0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert train.count_parameters(model) == (trained, n)
+    assert count_parameters(model) == (trained, n)
     config.lora_rank = 3
-    assert train.fixed_memory(trained, n, config) == 2 * n + 16 * trained
+    assert fixed_memory(trained, n, config) == 2 * n + 16 * trained
 
 
 @pytest.mark.parametrize(
@@ -610,12 +615,12 @@ def test_the_disk_that_the_plan_counts_is_what_a_run_writes(n_steps, save_every,
     n = 4 * sum(p.numel() for p in model.parameters())
     config = train.TrainConfig(save_every=save_every, keep=keep)
     wanted = n + 3 * n * expected, expected
-    assert train.disk_needed(model, n_steps, config) == wanted
+    assert disk_needed(model, n_steps, config) == wanted
 
 
 def test_the_files_of_a_run_are_as_large_as_the_plan_says(whole):
     model = Transformer.from_pretrained(whole.out / "model")
-    needed, n_checkpoints = train.disk_needed(model, 12, train.TrainConfig())
+    needed, n_checkpoints = disk_needed(model, 12, train.TrainConfig())
     files = [*whole.out.glob("model/*.safetensors"), *whole.out.glob("checkpoints/*/*.distcp")]
     assert n_checkpoints == 1
     # Each tensor of a checkpoint has a header, which counts where tensors are tiny.
@@ -645,7 +650,7 @@ def test_running_out_of_memory_names_what_helps(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
     pairs = [data.Pair([1] * 10, [2] * (n - 20), [3] * 10) for n in pairs]
-    with pytest.raises(ValueError) as error, train.out_of_memory_advice(config, pairs):
+    with pytest.raises(ValueError) as error, out_of_memory_advice(config, pairs):
         raise torch.OutOfMemoryError("CUDA out of memory")
     message = str(error.value)
     assert all(word in message for word in words), message
@@ -673,7 +678,7 @@ def test_what_a_block_keeps_is_within_15_percent_of_what_autograd_saves(family):
         out = model.layers[0](x, cos, sin, segments_of(batch))
     kept = sum(n for pointer, n in kept.items() if pointer not in parameters)
     padded = 4 * 64 * (550 + 2 * 600)  # queries and keys of attention once more, in rectangles
-    estimate, entrance = train.block_memory(model, pairs)
+    estimate, entrance = block_memory(model, pairs)
     assert out.shape == x.shape and entrance == x.nbytes
     assert estimate + padded == pytest.approx(kept, rel=0.15)
 
@@ -681,17 +686,19 @@ def test_what_a_block_keeps_is_within_15_percent_of_what_autograd_saves(family):
 def test_minimal_py_takes_the_same_steps():
     """examples/minimal.py, on padded batches by autograd: the losses of the first ten steps."""
     config = train.parse(["--device", "cpu"])
-    train.pick_device(config)
+    pick_device(config)
     model, _, train_set, _ = train.load_inputs(config)
     pairs, optimizer = train_set.pairs, train.make_optimizer(model, config)
-    n_steps, losses = config.epochs * train.steps_in_epoch(pairs, config), []
+    n_steps, losses = config.epochs * steps_in_epoch(len(pairs), config.batch_size), []
     for step in range(1, 11):
         for group in optimizer.param_groups:
             group["lr"] = train.lr_at(step, n_steps, config)
-        batches = train.micro_batches(train.step_pairs(pairs, step, config), config)
+        batches = train.micro_batches(
+            step_pairs(pairs, step, config.batch_size, config.seed), config
+        )
         outputs, _ = train.training_step(model, optimizer, batches, config)
         losses.append(sum(output.loss.item() for output in outputs))
-    settings = json.loads(train.BUILTIN.read_text())
+    settings = json.loads(BUILTIN.read_text())
     plain = minimal.train(train.load_model(config), pairs, settings)
     assert list(itertools.islice(plain, 10)) == pytest.approx(losses, rel=1e-5)
     assert losses[9] < losses[0] - 0.1  # they are steps, and not ten times the same

@@ -1,6 +1,6 @@
 """tokenizer.json by hand, of the kinds that tokenizer.py reads."""
 
-from tokenizer import CHARACTER_OF_BYTE
+from formats.tokenizer import CHARACTER_OF_BYTE
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 MARK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

@@ -2,7 +2,7 @@
 Writes families/*.json, a row of logits of a tiny model of each family, computed by transformers and
 never by model.py, so that the tests of a clone alone hold every family to it.
 
-    python tests/golden/make_families.py      needs transformers (make test-peers installs it)
+    python -m tests.golden.make_families      needs transformers (make test-peers installs it)
 
 A file holds config.json as transformers writes it, less its defaults; the names and shapes of the
 stored tensors; the tokens, and the logits behind the last of them. The weights are not stored: each

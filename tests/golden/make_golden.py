@@ -2,19 +2,17 @@
 Writes orpo.json, the golden vectors of ORPO: inputs, loss terms and gradients, computed in 120
 digits by tests/oracle.py and never by orpo.py. What the file holds is explained in its own head.
 
-    python tests/golden/make_golden.py        writes orpo.json beside this script: same bytes always
+    python -m tests.golden.make_golden        writes orpo.json beside this script: same bytes always
 """
 
 import json
 import math
 import random
 import struct
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import oracle
-from oracle import mp, mpf
+from tests import oracle
+from tests.oracle import mp, mpf
 
 PATH = Path(__file__).with_name("orpo.json")
 

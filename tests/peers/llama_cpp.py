@@ -1,7 +1,7 @@
 """Does llama.cpp, given a model that train.py handed back, give the answers that we give?
 
     python convert_hf_to_gguf.py OUT/model --outtype f32 --outfile model.gguf  # llama.cpp's
-    python tests/peers/llama_cpp.py OUT/model model.gguf EVAL.jsonl        # needs xllamacpp
+    python -m tests.peers.llama_cpp OUT/model model.gguf EVAL.jsonl        # needs xllamacpp
 
 Greedy answers of up to 24 tokens to the first 60 prompts, by our generate and by llama.cpp.
 """
@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data
 from model import Transformer

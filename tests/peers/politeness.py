@@ -1,10 +1,10 @@
 """ORPO on a real checkpoint and real pairs: TRL's ORPOTrainer beside train.py, same settings.
 
-    python tests/peers/politeness.py split PAIRS.jsonl FOLDER
+    python -m tests.peers.politeness split PAIRS.jsonl FOLDER
         writes FOLDER/train.jsonl (900 pairs) and FOLDER/eval.jsonl (the rest); needs no peer
-    python tests/peers/politeness.py compare --model DIR --data PAIRS.jsonl --out FOLDER
+    python -m tests.peers.politeness compare --model DIR --data PAIRS.jsonl --out FOLDER
         splits, runs each side in a process of its own, prints one table
-    python tests/peers/politeness.py trl --model DIR --data FILE --eval-data FILE --out DIR
+    python -m tests.peers.politeness trl --model DIR --data FILE --eval-data FILE --out DIR
         TRL alone, with metrics.jsonl as train.py writes it
 
 Both sides get the same token ids (ours), the same pairs (equal answers dropped, as the paper
@@ -51,7 +51,6 @@ def write_split(source: Path, folder: Path, n_train: int) -> tuple[Path, Path]:
 
 def encode(model: Path, path: Path) -> list[tuple[list[int], list[int], list[int]]]:
     """The rows as train.py would see them: (prompt ids, chosen ids, rejected ids)."""
-    sys.path.insert(0, str(ROOT))
     import data
 
     tokenizer = data.load_tokenizer(model)
@@ -68,8 +67,7 @@ def encode(model: Path, path: Path) -> list[tuple[list[int], list[int], list[int
 
 
 def run_trl(args) -> None:
-    sys.path.insert(0, str(ROOT / "tests" / "peers"))
-    import trl_orpo
+    from tests.peers import trl_orpo
 
     rows, _, seconds = trl_orpo.run_trl(
         args.model,
@@ -108,7 +106,7 @@ def timed(command: list[str], out: Path) -> dict:
         return used.ru_utime + used.ru_stime
 
     start, cpu_start = time.perf_counter(), cpu_seconds()
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -129,7 +127,7 @@ def compare(args) -> None:
     common = ["--model", args.model, "--data", train, "--eval-data", held_out, *settings(args)]
     ours = [sys.executable, ROOT / "train.py", *common, "--device", "cpu", "--sft-loss"]
     runs = {
-        "TRL": ("trl", [sys.executable, __file__, "trl", *common]),
+        "TRL": ("trl", [sys.executable, "-m", "tests.peers.politeness", "trl", *common]),
         "ours, `--sft-loss full`": ("full", [*ours, "full"]),
         "ours, `--sft-loss response`": ("response", [*ours, "response"]),
     }

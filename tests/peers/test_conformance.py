@@ -340,7 +340,7 @@ def exp_is_rounded_to_nearest() -> bool:
 
 @pytest.mark.parametrize("table_of", [run.summary, run.sources])
 def test_the_page_shows_what_the_command_prints(table_of):
-    """`python conformance/run.py --summary` prints the new tables."""
+    """`python -m conformance.run --summary` prints the new tables."""
     if not exp_is_rounded_to_nearest():
         pytest.skip("this CPU rounds e^x in another way; the counts of the page are not its own")
     for shown, printed in rows_of_the_page(table_of(IMPLEMENTATIONS)):

@@ -8,12 +8,12 @@ import torch
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-import data  # noqa: E402
-import orpo  # noqa: E402
-import train  # noqa: E402
-from model import Transformer  # noqa: E402
-from tests.golden import make_families  # noqa: E402
-from tests.layout import packed, plain  # noqa: E402
+import data
+import orpo
+import train
+from model import Transformer
+from tests.golden import make_families
+from tests.layout import packed, plain
 
 COMMON = {"vocab_size": 97, "num_hidden_layers": 3, "max_position_embeddings": 64}
 SIZES = COMMON | {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}

@@ -8,11 +8,13 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-import data  # noqa: E402
-import train  # noqa: E402
-from model import Transformer  # noqa: E402
-from tests.peers.test_families import FAMILIES, logits_of, same, theirs  # noqa: E402
-from tests.peers.tiny import random_llama  # noqa: E402
+import data
+import train
+from model import Transformer, trainable
+from run.lora import add_lora, lora_layers, merge_lora
+from run.saving import save_adapters
+from tests.peers.test_families import FAMILIES, logits_of, same, theirs
+from tests.peers.tiny import random_llama
 
 
 @pytest.mark.filterwarnings("error:fan_in_fan_out")  # peft would correct it, and warn
@@ -23,12 +25,12 @@ def test_peft_adds_what_we_merge(name, tmp_path):
     base = str(tmp_path / "base")
     config = train.TrainConfig(model=base, lora_rank=3, lora_alpha=8.0, lora_adapters=True)
     model = Transformer.from_pretrained(base)
-    model.add_lora(3, 8.0)
+    add_lora(model, 3, 8.0)
     torch.manual_seed(1)
-    for module in model.lora_layers().values():
+    for module in lora_layers(model).values():
         torch.nn.init.normal_(module.lora_B, std=0.2)
-    train.save_adapters(model, config, tmp_path / "adapters")
-    model.merge_lora(Transformer.from_pretrained(base)).save_pretrained(tmp_path / "merged")
+    save_adapters(model, config, tmp_path / "adapters")
+    merge_lora(model, Transformer.from_pretrained(base)).save_pretrained(tmp_path / "merged")
 
     unchanged = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = logits_of(unchanged)
@@ -41,7 +43,7 @@ def test_peft_adds_what_we_merge(name, tmp_path):
     same(logits_of(adapted), wanted)
     trained = {n for n, _ in adapted.named_parameters() if ".lora_" in n}
     n_theirs = sum(adapted.get_parameter(n).numel() for n in trained)
-    n_ours = sum(p.numel() for p in train.trainable(model))
+    n_ours = sum(p.numel() for p in trainable(model))
     # Of n projections that are stored as one, each reads its own part of A, n of rank 3: of B only
     # one n-th is not zero.
     zeros = 0

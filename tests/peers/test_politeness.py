@@ -8,12 +8,14 @@ import pytest
 
 from . import tiny
 
-SCRIPT = tiny.ROOT / "tests" / "peers" / "politeness.py"
+SCRIPT = "tests.peers.politeness"
 
 
 def run(*args):
-    command = [sys.executable, SCRIPT, *args]
-    done = subprocess.run([str(arg) for arg in command], capture_output=True, text=True)
+    command = [sys.executable, "-m", SCRIPT, *args]
+    done = subprocess.run(
+        [str(arg) for arg in command], cwd=tiny.ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

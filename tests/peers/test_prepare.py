@@ -1,4 +1,4 @@
-"""examples/prepare.py reads what the datasets library writes."""
+"""tools/prepare.py reads what the datasets library writes."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 import data
 
-PREPARE = Path(data.__file__).resolve().parent / "examples" / "prepare.py"
+ROOT = Path(data.__file__).resolve().parent
 
 
 def test_parquet_in_ultrafeedback_s_form(tmp_path):
@@ -20,8 +20,15 @@ def test_parquet_in_ultrafeedback_s_form(tmp_path):
     rows = [{"prompt": "Hi?", "chosen": dialogue, "rejected": worse, "score_chosen": 8.5}] * 3
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     out = tmp_path / "pairs.jsonl"
-    words = [sys.executable, str(PREPARE), str(tmp_path / "train.parquet"), "--out", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    words = [
+        sys.executable,
+        "-m",
+        "tools.prepare",
+        str(tmp_path / "train.parquet"),
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "3 pairs of 3 rows" in done.stdout
     assert "3 from dialogues with a common beginning" in done.stdout
     assert "ignored columns: score_chosen (3 rows)" in done.stdout
@@ -33,8 +40,8 @@ def test_parquet_in_ultrafeedback_s_form(tmp_path):
 def test_a_broken_parquet_file_is_named(tmp_path):
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     (tmp_path / "train.parquet").write_bytes(b"PAR1" + bytes(99) + b"PAR1")
-    words = [sys.executable, str(PREPARE), str(tmp_path / "train.parquet"), "--out"]
-    done = subprocess.run([*words, str(tmp_path / "out")], capture_output=True, text=True)
+    words = [sys.executable, "-m", "tools.prepare", str(tmp_path / "train.parquet"), "--out"]
+    done = subprocess.run([*words, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"prepare.py: {tmp_path / 'train.parquet'}: broken: ")
     assert [file.name for file in tmp_path.iterdir()] == ["train.parquet"]

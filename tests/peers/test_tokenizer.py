@@ -16,6 +16,7 @@ import sentencepiece
 
 import data
 import train
+from run.processes import pick_device
 from tests.tokenizer_json import LEVEL, byte_level
 
 from . import tiny
@@ -414,7 +415,7 @@ def test_served_prompts_are_the_trained_ones_with_bos_once(tmp_path, kind, templ
     flags = ["--model", base, "--data", rows, "--out", out, "--max-steps", "1", "--device", "cpu"]
     config = train.parse(list(map(str, flags)))
     train.main(list(map(str, flags)))
-    train.pick_device(config)
+    pick_device(config)
     (pair,) = train.load_inputs(config)[2].pairs
 
     reference = transformers.AutoTokenizer.from_pretrained(out / "model")

@@ -26,10 +26,9 @@ import sentencepiece
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers  # noqa: E402
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
-from data import load_tokenizer  # noqa: E402
-from tokenizer import GPT2_WORDS, LLAMA3_WORDS, QWEN2_WORDS, WHITE_SPACE  # noqa: E402
+from formats.tokenizer import GPT2_WORDS, LLAMA3_WORDS, QWEN2_WORDS, WHITE_SPACE, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"

@@ -1,6 +1,6 @@
 """Draws runs from their metrics.jsonl: log-probabilities, margin, accuracy, and the loss's terms.
 
-python examples/plot.py OUT [OUT ...] [--save FILE.svg]     (needs matplotlib, requirements-dev.txt)
+python -m tools.plot OUT [OUT ...] [--save FILE.svg]     (needs matplotlib, requirements-dev.txt)
 
 One run has a colour for each metric; several have a colour for each run, and where their
 evaluations asked questions, the share of accepted answers in place of the terms of the loss.

@@ -6,19 +6,17 @@ order and the same AdamW. DPO and the ratio are here to stand beside ORPO, and n
 
 import itertools
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import data
 import train
-from data import Batch, Pair
-from model import Segments, Transformer
+from attention import Segments
+from data import Batch, Pair, step_pairs
+from model import Transformer
 from orpo import orpo_loss
 
 RATIO_BETA = 1.0
@@ -124,5 +122,11 @@ def fit(method: Method, model, reference, pairs: list[Pair], n_steps: int, confi
     for step in range(1, n_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = train.lr_at(step, n_steps, config)
-        update(method, model, reference, optimizer, train.step_pairs(pairs, step, config))
+        update(
+            method,
+            model,
+            reference,
+            optimizer,
+            step_pairs(pairs, step, config.batch_size, config.seed),
+        )
         watch(step)

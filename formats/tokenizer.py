@@ -1,9 +1,9 @@
-"""Tokenizers as Hugging Face folders hold them, and chat templates.
+"""Tokenizers as Hugging Face folders hold them.
 
 Reads      tokenizer.json (byte-pair encoding over bytes: GPT-2, OPT, Phi, Qwen2, Llama 3; or in
            sentencepiece's manner: Llama 2, Mistral), tokenizer.model (by the sentencepiece
-           library), vocab.json with merges.txt; special tokens and the chat template from
-           tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja
+           library), vocab.json with merges.txt; special tokens from tokenizer_config.json,
+           special_tokens_map.json and added_tokens.json
 Refuses    every other kind (WordPiece, Unigram in JSON, other normalisers and pre-tokenizers) in
            one sentence that says what was found and what is supported
 
@@ -16,14 +16,19 @@ import functools
 import json
 import re
 import sys
-import time
 import unicodedata
 from heapq import heapify, heappop, heappush
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 
-import jinja2.sandbox
 import sentencepiece
+
+from formats.chat_template import (
+    AUTHORS_CHAT_TEMPLATE,
+    BOS_IN_FRONT,
+    read_chat_template,
+    render_chat_template,
+)
 
 
 class UnsupportedTokenizer(ValueError):
@@ -146,7 +151,7 @@ class Tokenizer:
                 raise ValueError(f"token {text!r:.80} has the id {i!r:.80}")
         "".join(ids).encode()  # raises where a token is half a surrogate pair, which has no bytes
         self.vocab_size = 1 + max(ids.values())
-        template = _read_chat_template(file.parent, config)
+        template = read_chat_template(file.parent, config)
         self.has_chat_template = bool(template)
         self.chat_template = template or AUTHORS_CHAT_TEMPLATE
         self.text_of_added = {i: text for text, i in self.added.items()}
@@ -196,7 +201,7 @@ class Tokenizer:
         if bos and not says_bos:
             template = BOS_IN_FRONT + template
         config = _read_json(folder / "tokenizer_config.json")
-        if template == _read_chat_template(folder, config):
+        if template == read_chat_template(folder, config):
             return
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         if named := config.get("chat_template"):  # which readers that are older look for alone
@@ -504,52 +509,3 @@ def _steps(spec: dict, part: str) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------
 # Chat templates.
-
-# For models without one: each message is its role, its content, EOS, a newline (xfactlab/orpo).
-AUTHORS_CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{{ eos_token }}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-
-
-# The comment's end takes the newline away, so that the template still begins a line.
-BOS_IN_FRONT = "{{ bos_token }}{# as in training #}\n"
-
-
-def _read_chat_template(folder: Path, config: dict) -> str | None:
-    """The template of a folder whose tokenizer_config.json holds config; None without one."""
-    file, template = folder / "chat_template.jinja", config.get("chat_template")
-    if file.is_file():
-        return file.read_text("utf-8")
-    if isinstance(template, list):  # several templates, each with a name
-        return {t["name"]: t["template"] for t in template}.get("default")
-    return template
-
-
-@functools.lru_cache(maxsize=8)  # compiling takes a hundred times as long as rendering
-def _compile_chat_template(template: str) -> jinja2.Template:
-    """In a sandbox, as a template is code that comes with a download."""
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    # jinja2's own tojson escapes HTML.
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
-    # {% generation %} marks what a model writes. It has no effect on the text.
-    template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)
-    template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template)
-    return environment.from_string(template)
-
-
-def render_chat_template(template: str, messages, add_generation_prompt, special_tokens) -> str:
-    """A Hugging Face chat template (jinja2) filled in. Raises ValueError whatever goes wrong."""
-    given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    given |= {"tools": None, "documents": None, **special_tokens}
-    try:
-        return _compile_chat_template(template).render(given)
-    except Exception as error:  # whatever other people's code raises is the template's error
-        raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None

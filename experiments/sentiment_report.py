@@ -10,9 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence import PAGE, PUBLISHED, claims_table, resampled, table, text, verdict, write_into
-from plot import CHOSEN, GREY, OTHER, REJECTED, style
 from torch import Tensor
+
+from experiments.evidence import (
+    PAGE,
+    PUBLISHED,
+    claims_table,
+    resampled,
+    table,
+    text,
+    verdict,
+    write_into,
+)
+from tools.plot import CHOSEN, GREY, OTHER, REJECTED, style
 
 
 def at_equal_kl(a: tuple, b: tuple) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """SFT, SFT then DPO, ORPO, and ORPO by probability ratio on the built-in pairs.
 
-    python examples/compare.py                     runs what is not yet in out/compare, and reports
+    python -m experiments.compare                  runs what is not yet in out/compare, and reports
 
 Every method starts from the same base model and gets the same pairs in the same order, the same
 number of updates and the same code path (methods.py). SFT then DPO gets SFT's updates first, and
@@ -25,7 +25,6 @@ import itertools
 import os
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,17 +33,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two runs side by side are faster than two
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import data
+import train
+from examples.task import load_facts, manner_of, state
+from experiments.compare_report import write_report
+from experiments.evidence import PUBLISHED, about_machine, kept, pool
+from experiments.methods import Method, fit, logps_of
+from model import Transformer
+from run.answers import answers
+from run.processes import keep_freed_memory
 
-from compare_report import write_report  # noqa: E402
-from evidence import PUBLISHED, about_machine, kept, pool  # noqa: E402
-from methods import Method, fit, logps_of  # noqa: E402
-from task import load_facts, manner_of, state  # noqa: E402
-
-import data  # noqa: E402
-import train  # noqa: E402
-from model import Transformer  # noqa: E402
+FACTS = Path(__file__).resolve().parents[1] / "examples" / "facts"
 
 # What each claim asks for, written before the comparison ran. An interval is 95%, by bootstrap over
 # the held-out facts (two questions each), paired, of the mean over three seeds. "Above" means: the
@@ -118,7 +117,7 @@ class Job(NamedTuple):
 
 def load(sizes: Sizes):
     """The base model, its tokenizer, and (pairs, facts) of training and of the held-out set."""
-    folder, length = HERE / "facts", 96
+    folder, length = FACTS, 96
     model = Transformer.from_pretrained(folder / "base", dtype=torch.float32)
     tokenizer = data.load_tokenizer(folder / "base")
     fact_of = {state(fact): fact for fact in load_facts()}
@@ -154,7 +153,7 @@ def manners(model, tokenizer, pairs: list, facts: list, k: int, seed: int) -> li
     options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(seed)} if k else {}
     k, every_fact = max(k, 1), load_facts()
     prompts = [pair.prompt for pair in pairs for _ in range(k)]
-    texts = train.answers(model, tokenizer, prompts, 40, **options)
+    texts = answers(model, tokenizer, prompts, 40, **options)
     asked = [fact for fact in facts for _ in range(k)]
     found = [manner_of(t, fact, every_fact) for t, fact in zip(texts, asked, strict=True)]
     return [found[i : i + k] for i in range(0, len(found), k)]
@@ -163,7 +162,7 @@ def manners(model, tokenizer, pairs: list, facts: list, k: int, seed: int) -> li
 def own_answers(sizes: Sizes) -> dict[str, list[str]]:
     """The manners of the held-out pairs' own answers: what a perfect imitation of them would be."""
     _, _, _, (pairs, facts) = load(sizes)
-    rows = {row.where: row for row in data.load_preferences(HERE / "facts" / "eval.jsonl")}
+    rows = {row.where: row for row in data.load_preferences(FACTS / "eval.jsonl")}
     every_fact, found = load_facts(), {}
     for side in ("chosen", "rejected"):
         texts = [getattr(rows[pair.where], side)[0]["content"] for pair in pairs]
@@ -179,7 +178,7 @@ def own_answers(sizes: Sizes) -> dict[str, list[str]]:
 def run(job: Job, sizes: Sizes, out: Path) -> dict:
     """Trains and measures; of a run of the sweep only its score."""
     torch.set_num_threads(1)
-    train.keep_freed_memory()
+    keep_freed_memory()
     start = time.perf_counter()
     model, tokenizer, (pairs, facts), (held_out, held_out_facts) = load(sizes)
     if job.sweep:

@@ -1,7 +1,7 @@
 """Controlled sentiment on a real checkpoint: how much reward each method buys for how much KL.
 
-    python examples/sentiment.py MODEL                runs what is not yet in out/sentiment, reports
-    python examples/sentiment.py MODEL --try          the same on a few samples, to see that it runs
+    python -m experiments.sentiment MODEL             runs what is not yet in out/sentiment, reports
+    python -m experiments.sentiment MODEL --try       the same on a few samples, to see that it runs
 
 After DPO's first experiment (Rafailov et al., arXiv 2305.18290, Sec. 6.1). MODEL is stories260K, a
 Llama of 260 thousand parameters trained on TinyStories; any checkpoint without a chat template
@@ -31,7 +31,6 @@ import copy
 import itertools
 import os
 import re
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -43,16 +42,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from evidence import PUBLISHED, about_machine, kept, pool
-from methods import Method, fit, logps_of
-from sentiment_report import write_report
-
 import data
 import train
 from data import Pair
+from experiments.evidence import PUBLISHED, about_machine, kept, pool
+from experiments.methods import Method, fit, logps_of
+from experiments.sentiment_report import write_report
 from model import Transformer
+from run.processes import keep_freed_memory
 
 OPENING, CONTINUATION = 24, 48  # tokens
 HAPPY, SAD = "\nThey were very happy.", "\nThey were very sad."
@@ -282,7 +279,7 @@ def load(folder: str):
 def run(job: Job, folder: str, sizes: Sizes, training: dict, evaluation: dict) -> dict:
     """Trains by one method and measures every checkpoint; of the base model there is only one."""
     torch.set_num_threads(1)
-    train.keep_freed_memory()
+    keep_freed_memory()
     start = time.perf_counter()
     base, tokenizer = load(folder)
     model = copy.deepcopy(base)
@@ -366,7 +363,7 @@ def main(argv=None):
     sizes = SMALL if args.small else Sizes()
     results, evaluation = experiment(args.model, args.out, sizes)
     scores = torch.tensor(evaluation["scores"]).view(-1, 2)
-    about = {"command": "python examples/sentiment.py MODEL"} | about_machine()
+    about = {"command": "python -m experiments.sentiment MODEL"} | about_machine()
     about |= {
         "sizes": sizes._asdict(),
         "seconds": round(sum(x["seconds"] for x in results.values())),

@@ -1,8 +1,8 @@
 """Talks to a model, or has it answer a file of questions for the public judges.
 
-    python examples/sample.py MODEL "question"          one answer, streamed
-    python examples/sample.py MODEL                     a dialogue; an empty line ends it
-    python examples/sample.py MODEL --file QUESTIONS --out ANSWERS
+    python -m tools.sample MODEL "question"          one answer, streamed
+    python -m tools.sample MODEL                     a dialogue; an empty line ends it
+    python -m tools.sample MODEL --file QUESTIONS --out ANSWERS
 
 The model's own chat template is used; a folder without one was trained on plain text, and gets
 plain text. QUESTIONS is JSON or JSON Lines: with `instruction` (AlpacaEval's set; or `prompt`,
@@ -19,11 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import data
 from model import Transformer
-from train import answers
+from run.answers import answers
 
 
 def complain(message):

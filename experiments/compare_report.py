@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from evidence import (
+from torch import Tensor
+
+from experiments.evidence import (
     NO,
     OPEN,
     PAGE,
@@ -23,8 +25,7 @@ from evidence import (
     verdict,
     write_into,
 )
-from plot import CHOSEN, GREY, OTHER, REJECTED, style
-from torch import Tensor
+from tools.plot import CHOSEN, GREY, OTHER, REJECTED, style
 
 BASE, SFT, ORPO, RATIO = ("base model", 0.0), ("SFT", 0.0), ("ORPO", 1.0), ("ratio", 1.0)
 STATEMENTS = ("good", "wrong")  # the manner that the judge likes best, with either value
@@ -276,7 +277,7 @@ def write_report(results: dict, claims: dict, folder: Path):
         title(setting): {name: found.values(setting, name)[0].tolist() for name in MEASURES}
         for setting in found.runs
     }
-    about = {"command": "python examples/compare.py", "sizes": results["sizes"]}
+    about = {"command": "python -m experiments.compare", "sizes": results["sizes"]}
     about |= results["machine"] | {"seconds of all runs but the sweep's": seconds}
     kept = {"about": about, "verdicts": judged, "by seed": numbers}
     (folder / "compare.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Turns published preference data into the JSON Lines that train.py reads.
 
-    python examples/prepare.py IN [IN ...] --out PAIRS.jsonl
+    python -m tools.prepare IN [IN ...] --out PAIRS.jsonl
 
 IN is parquet (needs pyarrow), a JSON array, or JSON Lines, each also gzipped (.gz), or a folder as
 `hf download` leaves it, of which the split "train" is taken (or --split). A row is read as
@@ -26,9 +26,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data
+from formats.rows import Preference, parse_json, preference, warnings_of
 
 ROLES = {"Human": "user", "Assistant": "assistant"}  # HH-RLHF's
 ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -90,7 +88,7 @@ def read(path: Path):
 
 def parsed(line: bytes):
     try:
-        return data.parse_json(line)
+        return parse_json(line)
     except UnicodeError:
         return ValueError("not UTF-8")
     except (ValueError, RecursionError):
@@ -151,14 +149,14 @@ def messages_of(value):
     return messages
 
 
-def line_of(row: data.Preference) -> bytes:
+def line_of(row: Preference) -> bytes:
     """Raises ValueError where a text has half a surrogate pair, which is nothing in UTF-8."""
     kept = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
     kept |= {} if row.accept is None else {"accept": row.accept}
     return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
 
 
-def convert(row, where: str) -> data.Preference:
+def convert(row, where: str) -> Preference:
     """A row of any form as train.py's. Raises ValueError with the reason why there is none."""
     if isinstance(row, ValueError):
         raise row
@@ -189,7 +187,7 @@ def convert(row, where: str) -> data.Preference:
         sides = [[{"role": "assistant", "content": side}] for side in sides]
     if "chosen" in row and "rejected" in row:
         row |= {"chosen": sides[0], "rejected": sides[1]}
-    found = data.preference(row | ({} if prompt is None else {"prompt": prompt}), where)
+    found = preference(row | ({} if prompt is None else {"prompt": prompt}), where)
     form = form or found.form
     unused = "system" in found.ignored and isinstance(system, str)
     if unused and isinstance(found.prompt, list) and found.prompt[0]["role"] != "system":
@@ -252,7 +250,7 @@ def prepare(inputs: list[Path], out: Path, split: str | None):
     print(f"{out}: {len(rows)} pairs of {n} rows")
     for form, k in Counter(row.form for row in rows).most_common():
         print(f"  {k} from {form}")
-    for line in [f"dropped: {line}" for line in drops] + data.warnings_of(rows):
+    for line in [f"dropped: {line}" for line in drops] + warnings_of(rows):
         print(f"  {line}")
 
 

@@ -1,0 +1,1 @@
+"""Other people's files: what they hold, and what of it is refused."""

@@ -1,0 +1,40 @@
+"""Single files: a JSON object that is read, and a file that is written whole or not at all.
+
+Here, apart from any one format, because every other file of this folder needs them.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent}: is a file; the folder of a Hugging Face model is wanted")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a Hugging Face model folder has one")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary file's path, which becomes `path` when it is written, and else is removed.
+
+    Raises OSError that names `path`.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: not written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

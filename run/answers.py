@@ -1,0 +1,54 @@
+"""Answers."""
+
+import math
+
+import torch
+
+from data import Pair
+from model import Transformer
+from run.processes import reshard
+
+
+def answers(
+    model, tokenizer, prompts, max_new: int, batch_tokens=8192, progress=iter, **sampling
+) -> list[str]:
+    """The model's answer to each prompt (token ids), as text, empty if that fills the context.
+
+    Prompts of like lengths go together while they and their longest answers have batch_tokens
+    tokens. Sampled answers depend on their neighbours: see Transformer.generate.
+    """
+    texts, end, context = [""] * len(prompts), tokenizer.turn_end(), model.config.max_seq_len
+    batches, size = [], math.inf
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        if len(prompts[i]) >= context:
+            continue
+        n_tokens = min(len(prompts[i]) + max_new, context)
+        if size + n_tokens > batch_tokens:
+            batches, size = [*batches, []], 0
+        batches[-1].append(i)
+        size += n_tokens
+    for batch in progress(batches):
+        rows = [prompts[i] for i in batch]
+        new = model.generate(rows, max_new, eos_id=tokenizer.eos_id, **sampling)
+        for i, ids in zip(batch, new, strict=True):
+            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
+            texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
+    reshard(model)
+    return texts
+
+
+def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dict[str, float]:
+    """Where rows list the answers that they accept: the share of the model's that is among them."""
+    asked = [pair for pair in pairs if pair.accept is not None]
+    if not asked:
+        return {}
+    prompts = [pair.prompt for pair in asked]
+    longest = 2 * max(max(pair.lengths[1:]) for pair in asked)
+    shares = {}
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        generator = torch.Generator(model.device).manual_seed(seed)
+        sampling = {"temperature": temperature, "generator": generator}
+        texts = answers(model, tokenizer, prompts, longest, **sampling)
+        good = [text in pair.accept for text, pair in zip(texts, asked, strict=True)]
+        shares[f"eval_accepted/{name}"] = sum(good) / len(good)
+    return shares

@@ -1,0 +1,269 @@
+"""Flags."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+
+def flag(group: str, default, help: str, choices=None, least=None, below=math.inf, **more):
+    """A field of TrainConfig. bare=: its value where the flag is given without one. trl=: the
+    default of TRL's ORPOTrainer, for --help, where another one matters."""
+    limits = {"choices": choices, "least": least, "below": below, "bare": None, "trl": None}
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": help} | limits | more
+    )
+
+
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+PATHS = ("model", "data", "eval_data", "chat_template", "out")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+IO, OBJECTIVE, OPTIMIZER = "input and output", "objective", "optimizer"
+SFT_LOSS_HELP = "tokens under L_SFT: those of the chosen response, or of the prompt too"
+BATCH_SIZE_HELP = "pairs in a step, over all processes together"
+MICRO_BATCH_HELP = "tokens at a time in each process; the result does not depend on it"
+RECOMPUTE_HELP = "blocks that each process computes twice, to save memory; without a number: all"
+LENGTH_HELP = "tokens of prompt and response; longer responses are cut"
+EVAL_EVERY_HELP = "steps between evaluations, for OUT/best too; 0: only before and after"
+DTYPE_HELP = "dtype of matrix products (default: bfloat16 on cuda, float32 on cpu)"
+
+
+@dataclass
+class TrainConfig:
+    model: str = flag(IO, None, "folder of the Hugging Face checkpoint to train or evaluate")
+    data: str = flag(IO, None, "file of preference pairs to train on (JSON Lines)")
+    eval_data: str = flag(IO, None, "file of held-out pairs for evaluation")
+    eval_fraction: float = flag(IO, 0.0, "share of --data's prompts to hold out", least=0, below=1)
+    chat_template: str = flag(IO, None, "Jinja file to use instead of the model's chat template")
+    out: str = flag(IO, None, "folder for the metrics, the checkpoints and the trained model")
+    lam: float = flag(OBJECTIVE, 0.1, "weight of L_OR; TRL calls it beta", least=0)
+    sft_loss: str = flag(OBJECTIVE, "response", SFT_LOSS_HELP, ("response", "full"), trl="full")
+    lr: float = flag(OPTIMIZER, 8e-6, "peak learning rate of AdamW", least=0, trl=1e-6)
+    lr_schedule: str = flag(OPTIMIZER, "cosine", "shape after the warm-up", SCHEDULES, trl="linear")
+    warmup_steps: int = flag(OPTIMIZER, 10, "steps up to the peak learning rate", least=0, trl=0)
+    weight_decay: float = flag(OPTIMIZER, 0.0, "decay of matrices, not of other weights", least=0)
+    grad_clip: float = flag(OPTIMIZER, 1.0, "largest gradient norm; 0 disables clipping", least=0)
+    adam_beta1: float = flag(OPTIMIZER, 0.9, "decay of the first moment", least=0, below=1)
+    adam_beta2: float = flag(OPTIMIZER, 0.999, "decay of the second moment", least=0, below=1)
+    epochs: int = flag("length", 1, "passes over the training pairs", least=1, trl=3)
+    max_steps: int = flag("length", None, "number of updates; replaces --epochs", least=1)
+    batch_size: int = flag("length", 32, BATCH_SIZE_HELP, least=1, trl="8 in each process")
+    micro_batch_tokens: int = flag("memory", 8192, MICRO_BATCH_HELP, least=1)
+    shard: bool = flag("memory", False, "divide weights and optimizer state over all processes")
+    activation_checkpointing: int = flag("memory", False, RECOMPUTE_HELP, least=0, bare=True)
+    lora_rank: int = flag("memory", 0, "rank of LoRA adapters; 0 trains the whole model", least=0)
+    lora_alpha: float = flag("memory", 16.0, "adapters are scaled by alpha / rank", least=1e-3)
+    lora_adapters: bool = flag("memory", False, "also write OUT/adapters, which peft loads")
+    max_length: int = flag("memory", 2048, LENGTH_HELP, least=2, trl=1024)
+    max_prompt_length: int = flag("memory", 1792, "pairs with longer prompts are dropped", least=1)
+    seed: int = flag("run", 42, "seed of the order of pairs and of sampling", least=0, below=2**63)
+    device: str = flag("run", None, "cpu, cuda or cuda:N (default: cuda if there is one)")
+    dtype: str = flag("run", None, DTYPE_HELP, ("float32", "bfloat16"))
+    compile: bool = flag("run", False, "compile the blocks with torch.compile, which takes minutes")
+    log_every: int = flag("run", 1, "steps between rows of OUT/metrics.jsonl", least=1)
+    eval_every: int = flag("run", 0, EVAL_EVERY_HELP, least=0)
+    save_every: int = flag("run", 500, "steps between checkpoints, the last too; 0: none", least=0)
+    keep: int = flag("run", 2, "number of checkpoints that are kept, the newest", least=1)
+    resume: bool = flag("run", False, "continue the run in --out from its newest checkpoint")
+    eval_only: bool = flag("run", False, "evaluate --model and print one JSON object")
+    dry_run: bool = flag("run", False, "print the plan, try the largest micro-batch, and stop")
+
+    def check(self, source: str = ""):
+        """Raises ValueError with the first flag whose value is of the wrong type or range."""
+        for f in dataclasses.fields(self):
+            value, name = getattr(self, f.name), source + "--" + f.name.replace("_", "-")
+            if value is None:
+                continue
+            wanted = (int, float) if f.type is float else f.type
+            a_flag = f.type is bool or f.metadata["bare"] is not None  # may be true or false
+            if not isinstance(value, wanted) or (isinstance(value, bool) and not a_flag):
+                raise ValueError(f"{name} must be {KINDS[f.type]}, not {value!r}")
+            choices, least, below = (f.metadata[key] for key in ("choices", "least", "below"))
+            if choices and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+            if least is not None and not least <= value < below:
+                limit = f" and below {below}" if below < math.inf else ""
+                raise ValueError(f"{name} must be at least {least}{limit}, not {value}")
+        if self.shard and self.lora_rank:
+            raise ValueError(
+                f"{source}--shard and --lora-rank do not go together: a frozen model is not sharded"
+            )
+        if self.lora_adapters and not self.lora_rank:
+            raise ValueError(f"{source}--lora-adapters needs --lora-rank, which makes adapters")
+        if self.dry_run and self.eval_only:
+            raise ValueError(f"{source}--dry-run plans a training run, and --eval-only is none")
+
+
+FREE_ON_RESUME = (
+    *("eval_only", "device", "keep", "shard", "micro_batch_tokens", "activation_checkpointing"),
+    *("compile", "log_every", "eval_every", "save_every", "lora_adapters"),
+)
+LENGTHS = ("epochs", "max_steps")
+ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
+BUILTIN = Path(__file__).parents[1] / "examples" / "facts" / "train.json"
+BUILTIN_OUT = Path("out") / "builtin"
+
+
+def is_builtin(config: TrainConfig) -> bool:
+    """The built-in job owns its folder, and replaces what it left there."""
+    base = BUILTIN.parent / "base"
+    return Path(config.out) == BUILTIN_OUT and Path(config.model).resolve() == base.resolve()
+
+
+def settings_of(config: TrainConfig) -> dict:
+    """The flags as --config takes them from any folder, on any machine: less --out, --resume and
+    --device."""
+    settings = dataclasses.asdict(config) | {
+        name: str(Path(path).resolve()) for name in PATHS if (path := getattr(config, name))
+    }
+    left_out = ("out", "resume", "device")
+    return {name: value for name, value in settings.items() if name not in left_out}
+
+
+COMMANDS = """commands:
+  one GPU, or the CPU:
+    python train.py --model DIR --data FILE --eval-data FILE --out OUT
+  the same run again after an interruption, on any number of GPUs:
+    python train.py ... --resume
+  the eight GPUs of one machine, each of which keeps an eighth of the model:
+    torchrun --nproc-per-node 8 train.py ... --shard
+  two machines of eight GPUs that share a file system; on both, HOST being the name of the first:
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+      train.py ... --shard
+  the evaluation of a finished run, as one JSON object:
+    python train.py --config OUT/config.json --model OUT/model --eval-only"""
+# Flags of TRL, transformers and the authors' repository, by ours that do the same.
+ELSEWHERE = {
+    "model": "model-name-or-path model-name",
+    "data": "dataset-name dataset train-file",
+    "eval-data": "eval-file validation-file",
+    "out": "output-dir overwrite-output-dir",
+    "lam": "beta alpha lambda",
+    "lr": "learning-rate",
+    "lr-schedule": "lr-scheduler-type",
+    "warmup-steps": "warmup-ratio num-warmup-steps",
+    "grad-clip": "max-grad-norm",
+    "epochs": "num-train-epochs num-epochs",
+    "batch-size": "per-device-train-batch-size train-batch-size",
+    "micro-batch-tokens": "gradient-accumulation-steps per-device-eval-batch-size",
+    "shard": "fsdp deepspeed",
+    "activation-checkpointing": "gradient-checkpointing",
+    "lora-rank": "lora-r use-peft",
+    "max-length": "max-seq-length",
+    "dtype": "bf16 fp16 torch-dtype",
+    "compile": "torch-compile",
+    "log-every": "logging-steps",
+    "eval-every": "eval-steps eval-strategy",
+    "save-every": "save-steps save-strategy",
+    "keep": "save-total-limit",
+    "resume": "resume-from-checkpoint",
+    "eval-only": "do-eval",
+}
+
+
+def did_you_mean(names: list[str]) -> str:
+    """For flags that are unknown here: those of ours that are meant, with their help, or ""."""
+    ours = {f.name.replace("_", "-"): f.metadata["help"] for f in dataclasses.fields(TrainConfig)}
+    elsewhere = {theirs: name for name in ELSEWHERE for theirs in ELSEWHERE[name].split()}
+    meant = []
+    for name in (name.strip("-").replace("_", "-") for name in names):
+        close = get_close_matches(name, [*ours, *elsewhere], 1)
+        meant += [elsewhere.get(name, name) for name in ([name] if name in elsewhere else close)]
+    meant = [f"--{name} ({ours[name].split(' (')[0]})" for name in dict.fromkeys(meant)]
+    return f"; did you mean {' and '.join(meant)}?" if meant else ""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # without the dump of the usage
+        if message.startswith("unrecognized"):
+            message += did_you_mean(re.findall(r"(?<!\S)--[\w-]+", message))
+        raise ValueError(f"{message} (see python train.py --help)")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+def parse(argv: list[str] | None) -> TrainConfig:
+    """Flags over --config over defaults. Raises ValueError, FileNotFoundError."""
+    parser = Parser(
+        prog="train.py",
+        usage="python train.py [--model DIR --data FILE --out DIR] [--config FILE] [flags]",
+        description="Align a base model with ORPO. Without --model and --data: the built-in job.",
+        epilog=COMMANDS,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    groups = {}
+    for f in dataclasses.fields(TrainConfig):
+        group, choices, bare = (f.metadata[key] for key in ("group", "choices", "bare"))
+        groups.setdefault(group, parser.add_argument_group(group))
+        shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
+        if f.metadata["trl"] is not None:
+            shown = shown.replace(")", f"; in TRL: {f.metadata['trl']})")
+        options = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
+        if f.type is bool:
+            options["action"] = "store_true"
+        else:
+            options |= {"type": f.type, "choices": choices}
+            kind = "PATH" if f.name in PATHS else f.type.__name__.upper()
+            options["metavar"] = None if choices else kind
+            if bare is not None:
+                options |= {"nargs": "?", "const": bare}
+        groups[group].add_argument("--" + f.name.replace("_", "-"), **options)
+    groups["input and output"].add_argument(
+        "--config", metavar="PATH", help="JSON file of flags; its paths are relative to its folder"
+    )
+    given = vars(parser.parse_args(argv))
+    config_file = given.pop("config")
+    if config_file is None and not {"model", "data"} & set(given):
+        config_file = BUILTIN
+    settings = {}
+    if config_file is not None:
+        file = Path(config_file)
+        settings = read_config(file)
+        if file.resolve() == BUILTIN.resolve():
+            settings.setdefault("out", str(BUILTIN_OUT))
+    config = TrainConfig(**(settings | given))
+    config.check()
+    evaluates = config.eval_data or config.eval_fraction
+    needed = ["model", "data"]
+    if config.eval_only:
+        needed = ["model", "data" if config.eval_fraction else "eval_data"]
+    elif not config.dry_run:
+        needed.append("out")
+    for name in needed:
+        if getattr(config, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')} is needed (see python train.py --help)")
+    if config.eval_fraction and config.eval_data:
+        raise ValueError("--eval-fraction and --eval-data do not go together: give one of them")
+    if config.eval_every and not evaluates:
+        raise ValueError("--eval-every needs evaluation data: add --eval-data or --eval-fraction")
+    return config
+
+
+def read_config(file: Path) -> dict:
+    """A JSON object of flag names, its paths made relative to the current folder."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; --config takes a JSON file of flags")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    unknown = set(settings) - set(names) if isinstance(settings, dict) else {"(not an object)"}
+    if unknown:
+        found, known = ", ".join(sorted(unknown)), ", ".join(names)
+        meant = did_you_mean(sorted(unknown))
+        raise ValueError(f"{file}: unknown: {found}{meant or f'; known: {known}'}")
+    for name in PATHS:
+        if isinstance(settings.get(name), str):
+            settings[name] = os.path.relpath(file.parent / settings[name])
+    TrainConfig(**settings).check(f"{file}: ")
+    return settings

@@ -1,0 +1,236 @@
+"""Folder."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from formats.files import whole_file
+from run.flags import ENDLESS, FREE_ON_RESUME, LENGTHS, PATHS, TrainConfig, is_builtin, settings_of
+from run.processes import barrier, rank
+
+
+@contextlib.contextmanager
+def replaced(folder: Path):
+    """Yields an empty folder to write to, which takes the place of `folder` when all went well.
+
+    Whatever happens, `folder` is never half written. Raises OSError with its name and the reason.
+    """
+    tidy(folder)
+    new, old = _beside(folder)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except OSError as error:
+        # Of whole_file's own sentence only the reason: its path is that of the folder beside.
+        reason = error.strerror or str(error).rpartition("not written: ")[2]
+        raise OSError(f"{folder}: not written: {reason}") from None
+    finally:
+        tidy(folder)
+
+
+def tidy(folder: Path):
+    """Clears up behind `replaced`, also where its process was killed."""
+    new, old = _beside(folder)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    for left in filter(Path.exists, (new, old)):
+        shutil.rmtree(left)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old")
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Makes the folder; within it no other process can have it, on this machine or, where the file
+    system can tell, on another. The lock is the kernel's: it ends with the process, however that
+    ends. What was made for it alone is removed again. Raises ValueError."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOCK, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(f.fileno()).st_nlink == 0  # its owner has just removed it
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks
+            taken = False
+        if taken:
+            raise ValueError(f"--out {out}: another process is running in this folder")
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            for folder in made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest first."""
+    return sorted((out / "checkpoints").glob("step-*"), reverse=True)
+
+
+@contextlib.contextmanager
+def claim_folder(config: TrainConfig):
+    """--out as a path, for this run alone: no file, no other run's folder, no other process in it.
+
+    Raises ValueError.
+    """
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: this is a file; a folder is needed")
+    above = existing_parent(out)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out}: cannot be made, as {above} is not a folder to write to")
+    for name in ("model", "best"):
+        if (out / name).resolve() == Path(config.model).resolve():
+            raise ValueError(f"--out {out}: its {name}/ would replace --model; name another folder")
+    with locked(out) if rank() == 0 else contextlib.nullcontext():
+        if holds_run(out) and not config.resume and not is_builtin(config):
+            raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
+        yield out
+
+
+def existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def holds_run(out: Path) -> bool:
+    return any("loss" in row for row in read_rows(out))
+
+
+def begin_folder(out: Path, start: int, config: TrainConfig):
+    """Removes what a run of the built-in job left, and rows behind the step that a run goes on
+    from; writes the settings, as --config takes them to do the same again from any folder."""
+    barrier()  # every process has looked into it
+    if rank() > 0:
+        return
+    if start == 0 and is_builtin(config) and not config.resume:
+        for old in out.iterdir():
+            if old.name != LOCK:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    for name in ("model", "best", "adapters"):
+        tidy(out / name)
+    if start == 0 and read_best(out):  # of an evaluation whose row is cut
+        shutil.rmtree(out / "best")
+    kept = [row for row in read_rows(out) if row["step"] <= start and start > 0]
+    (out / FINISHED).unlink(missing_ok=True)
+    rows = "".join(json.dumps(row) + "\n" for row in kept)
+    settings = json.dumps(settings_of(config), indent=2) + "\n"
+    for name, text in (("metrics.jsonl", rows), ("config.json", settings)):
+        with whole_file(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def write_row(out: Path | None, row: dict):
+    """One JSON object a line, flushed at once. Raises OSError."""
+    if out is not None and rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / "metrics.jsonl"
+        try:
+            with open(file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{file}: not written: {error.strerror}; fix this, then continue with --resume"
+            ) from None
+
+
+def read_rows(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl, less a last one that was half written."""
+    file, rows = out / "metrics.jsonl", []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+def read_best(out: Path) -> dict:
+    """The evaluation of OUT/best; {} where there is none."""
+    file = out / "best" / "evaluation.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def print_best(out: Path):
+    if best := read_best(out):
+        text = f"wrote {out}/best, the model of step {best['step']}: "
+        text += f"the lowest eval_loss, {best['eval_loss']:.4f}"
+        untrained = [row["eval_loss"] for row in read_rows(out) if row["step"] == 0]
+        if untrained and untrained[0] <= best["eval_loss"]:
+            text += f" (but {untrained[0]:.4f} before training)"
+        print(text)
+
+
+def print_changes(out: Path, n_steps: int):
+    """The evaluation before and after, side by side, from the rows that were written."""
+    evaluations = {row["step"]: row for row in read_rows(out) if "eval_loss" in row}
+    if 0 in evaluations and n_steps in evaluations:
+        print(f"\n{'held out':<28}{'before':>10}{'after':>10}")
+        for name in evaluations[0]:
+            if name != "step":
+                before, after = evaluations[0][name], evaluations[n_steps][name]
+                print(f"{name:<28}{before:>10.4f}{after:>10.4f}")
+
+
+FINISHED = "finished"  # a file with the last step, written when all else is
+
+
+def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
+    """Raises ValueError with the first flag that is not what it was, and may not change."""
+    endless = config.lr_schedule in ENDLESS
+    for name, now in settings_of(config).items():
+        before = then.get(name, getattr(TrainConfig, name))
+        if name in PATHS and before:
+            before = str(Path(before).resolve())
+        if now == before or name in FREE_ON_RESUME or (name in LENGTHS and endless):
+            continue
+        advice = ""
+        if name in LENGTHS:
+            advice = (
+                f"; the {config.lr_schedule} schedule ends with its last step, so train longer by "
+                "a new run with this run's model folder as --model"
+            )
+        raise ValueError(f"--resume: {name} was {before!r} in {where}, now {now!r}{advice}")
+
+
+def settings_before(out: Path) -> tuple[dict, Path] | None:
+    """The settings of a run's newest checkpoint, or of its folder, and where they were found."""
+    begun = (out / FINISHED).exists() or holds_run(out)
+    for folder in (*checkpoints(out), *([out] if begun else [])):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((folder / "config.json").read_text(encoding="utf-8")), folder
+    return None
+
+
+def is_finished(out: Path, config: TrainConfig) -> bool:
+    """Whether a run that is resumed has nothing left to do. Compares its flags, before anything is
+    loaded. Raises ValueError."""
+    found = settings_before(out)
+    if found is None:
+        return False
+    then, where = found
+    refuse_other_settings(config, then, where)
+    restorable = bool(checkpoints(out))
+    if not (out / FINISHED).exists() or (restorable and not (out / "model").is_dir()):
+        return False
+    if any(getattr(config, name) != then.get(name) for name in LENGTHS):
+        if not restorable:
+            raise ValueError(
+                f"--resume: {out} is finished and has no checkpoint; train longer by a new run "
+                f"with --model {out / 'model'}"
+            )
+        return False
+    return True

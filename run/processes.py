@@ -1,0 +1,153 @@
+"""Processes."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
+
+from model import Transformer
+from run.flags import TrainConfig
+
+
+def rank() -> int:
+    """The number of this process; 0 is the one that writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier():
+    """No process goes on before all have come here."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(()))  # on the CPU, by gloo: no GPU is waited for
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensors: list[torch.Tensor]):
+    """Makes each tensor its sum over all processes, in place: no second copy of the gradients."""
+    if world_size() > 1:
+        for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
+            work.wait()
+
+
+def max_over_processes(number: int) -> int:
+    x = torch.tensor(number)  # on the CPU, by gloo: the GPU is not waited for
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return int(x)
+
+
+def shard(model: Transformer, config: TrainConfig):
+    """FSDP2: each process keeps a part of every weight; a block is gathered when it is its turn.
+
+    Blocks are gathered in --dtype, what is around them in float32, as the loss wants lm_head.
+    Gradients are summed in float32, and not averaged: see `training_step`.
+    """
+    mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
+    dtype = getattr(torch, config.dtype)
+    dtypes = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.layers:
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=dtypes)
+    fsdp.fully_shard(model, mesh=mesh)
+    for module in (*model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    fsdp.register_fsdp_forward_method(model, "hidden_states")
+
+
+def reshard(model: Transformer):
+    """Behind a forward pass without a backward pass embedding and lm_head are still gathered."""
+    if isinstance(model, fsdp.FSDPModule):
+        model.reshard()
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """Sets config.device and config.dtype where they are left open; joins torchrun's processes.
+
+    Raises ValueError.
+    """
+    wanted = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"--device {wanted}: unknown; use cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
+    several = "WORLD_SIZE" in os.environ  # torchrun says so
+    if config.eval_only and not several:  # how the run trained, as its config.json says
+        config.shard = False
+    if config.shard and not several:
+        raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")
+    if device.type == "cuda":
+        if several and device.index is not None:
+            raise ValueError(f"--device {wanted}: torchrun gives each process its own: use cuda")
+        # With its index: a device without one means the current GPU, and set_device refuses it.
+        index = int(os.environ["LOCAL_RANK"]) if several else device.index or 0
+        n = torch.cuda.device_count()
+        if index >= n:
+            which = f" (local rank {index})" if several else ""
+            raise ValueError(f"--device {wanted}{which}: this machine shows {n} CUDA devices")
+        device = torch.device("cuda", index)
+    config.device = str(device)
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if several and not dist.is_initialized():
+        # Hours, as the others wait while process 0 writes a large model.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def keep_freed_memory():
+    """On a CPU: no buffer goes back to the system, so that a step does not pay for its pages anew.
+
+    glibc's malloc gives large buffers back at once, and getting them again, page by page, took up
+    to half of a step. Where there is no glibc, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)
+
+
+def is_of_peers(error: RuntimeError) -> bool:
+    """Whether another process of the job is to blame, as gloo and NCCL report it."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return dist.is_initialized() and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    )
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that grows when SIGTERM or Ctrl-C comes; the second of a kind kills at once."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
