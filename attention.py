@@ -13,7 +13,6 @@ for everything else: a CPU, float32, odd head sizes. A loop over segments would 
 """
 
 import functools
-import inspect
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +33,9 @@ class Segments(NamedTuple):
     """Which queries attend to which keys, causally and aligned at the end (bottom-right).
 
     Segment s has the queries cu_q[s]:cu_q[s+1] of the N tokens in a row, and the keys
-    cu_k[s]:cu_k[s+1] of the M keys that key_index gathers from them. A prompt whose two responses
-    lie behind it is gathered twice, so each token's key has a first and a last copy.
+    cu_k[s]:cu_k[s+1] of the M keys that key_index gathers from the N tokens. A prompt that has two
+    responses is gathered twice, once for each: so we keep where the first copy of each token's key
+    is, and where the last one is, for the backward pass of that gathering.
     """
 
     lengths: tuple[tuple[int, int], ...]  # queries and keys of each segment, on the host
@@ -49,7 +49,7 @@ class Segments(NamedTuple):
 
     @classmethod
     def of(cls, q_lens, k_lens, key_index: Tensor | None = None, device=None) -> "Segments":
-        """From the lengths on the host; key_index (M,) is on the device already."""
+        """From the lengths of queries and keys on the host; key_index (M,) is on the device."""
         lengths = tuple(zip(q_lens, k_lens, strict=True))
         starts = (np.cumsum([0, *lens], dtype=np.int32) for lens in (q_lens, k_lens))
         cu_q, cu_k = (to_device(torch.from_numpy(x), device) for x in starts)
@@ -61,6 +61,9 @@ class Segments(NamedTuple):
         first = copies.new_full((n,), len(copies)).scatter_reduce(0, key_index, copies, "amin")
         last = copies.new_zeros(n).scatter_reduce(0, key_index, copies, "amax")
         return segments._replace(key_index=key_index, first_copy=first, last_copy=last)
+
+    def to(self, device) -> "Segments":
+        return Segments(*(to_device(x, device) if torch.is_tensor(x) else x for x in self))
 
 
 class Gather(torch.autograd.Function):
@@ -85,9 +88,8 @@ class Gather(torch.autograd.Function):
         return torch.where(twice, first + last, first), None, None, None
 
 
-# From torch 2.13 on varlen_attn wants to be told of grouped-query attention; before, it has no such
-# argument.
-_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# torch 2.13 wants to be told that several query heads share a key head; 2.11 has no such argument.
+SHARED_HEADS = {"enable_gqa": True} if torch.__version__ >= (2, 13) else {}
 USE_VARLEN = True  # tests set it to False, to compare the two paths on one device
 
 
@@ -106,8 +108,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
         if segments.key_index is not None:
             copies = segments.key_index, segments.first_copy, segments.last_copy
             k, v = Gather.apply(k, *copies), Gather.apply(v, *copies)  # (M, K, d)
-        return varlen_attn(q, k, v, *lengths, window_size=(back, 0), **_GQA)
+        return varlen_attn(q, k, v, *lengths, window_size=(back, 0), **SHARED_HEADS)
     return attention_without_varlen(q, k, v, segments, window)
+
+
+class KVCache:
+    """Keys and values of sequences of any lengths, which grow while generating.
+
+    Packed like everything else: a sequence has a run of rows, as many as it may come to have
+    tokens, so nothing moves while it grows. Which rows are whose, key_index of Segments says.
+    """
+
+    def __init__(self, config, sizes, device, dtype):
+        shape = (config.n_layers, 2, sum(sizes), config.n_kv_heads, config.head_dim)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.first_row = np.cumsum([0, *sizes])[:-1]  # of each sequence
+        self.lengths = np.zeros_like(self.first_row)  # its tokens so far
+
+    def grow(self, sequences, n_new) -> tuple[Tensor, Segments]:
+        """n_new[i] tokens come to sequences[i]: their positions (N,), and what they see."""
+        old, first, device = self.lengths[sequences], self.first_row[sequences], self.kv.device
+        k_lens = self.lengths[sequences] = old + n_new
+        runs = (first + old, n_new), (old, n_new), (first, k_lens)
+        self.rows, positions, key_index = (to_device(_ranges(*run), device) for run in runs)
+        segments = Segments.of(list(n_new), list(k_lens), device=device)
+        return positions, segments._replace(key_index=key_index)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Stores the new tokens' k, v (N, K, d); returns all keys and values, (2, rows, K, d)."""
+        return self.kv[layer].index_copy_(1, self.rows, torch.stack((k, v)))
+
+
+def _ranges(starts, lengths) -> Tensor:
+    """start, start + 1, ... of each run, end to end: int64."""
+    runs = zip(starts, lengths, strict=True)
+    return torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in runs]))
 
 
 @torch.compiler.disable  # its lengths are new in every micro-batch; around it a block compiles once

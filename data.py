@@ -4,18 +4,16 @@
     positions             0 ........ 9    10 ...... 15    10 ..... 13
     predicted by          (nothing) p0..   p9 c0 .. c4     p9 r0 .. r2
 
-    segment 1           queries prompt + chosen    over keys prompt + chosen      causal
-    segment 2           queries rejected           over keys prompt + rejected    causal: r0 sees
-                                                                                  the prompt and r0
-    a micro-batch       such runs end to end: no padding, each prompt computed once
+    a micro-batch       such runs end to end: no padding, each prompt computed once (attention.py
+                        says which tokens see which)
 
 A prompt is tokenised once and a response as its continuation, so the shared prefix really is
 shared, and training sees the tokens that generation will see.
 
-    rows    load_preferences(file)       JSON Lines -> Preference, each complaint with FILE:LINE
+    rows    load_preferences(file)       JSON Lines -> Preference (formats/rows.py)
     pairs   encode_pair(...)             -> Pair; the one place that truncates and drops
-            make_pairs(...)              all rows -> PairSet, and what there is to say of them
-    steps   epoch_permutation(...)       which pairs come when: no other state
+            encode_pairs(...)            all rows of a file
+    steps   step_pairs(...)              which pairs come when: a function of seed and step
     batches micro_batches(...)           -> Batch: tensors, and how much every token counts
 
 Look at your own data before training on it:  python data.py FILE --model DIR
@@ -23,13 +21,11 @@ Look at your own data before training on it:  python data.py FILE --model DIR
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attention import Segments, to_device
 from formats.rows import Preference, load_preferences, warnings_of
 from formats.tokenizer import load_tokenizer
+from model import ModelConfig
 
 # ---------------------------------------------------------------------------------------------
 # Pairs.
@@ -67,23 +65,41 @@ class Pair(NamedTuple):
         return sum(self.lengths)
 
 
+def encode_prompt(tokenizer, text: str, chat: bool = False) -> list[int]:
+    """A prompt as the model sees it: BOS once in front, also where a template wrote it already.
+
+    chat: the text is a chat template's. Then BOS is put in front as text, as the template says it
+    that is saved with the model, because some tokenizers encode what follows it in another way
+    than what begins a text.
+    """
+    bos = tokenizer.special_tokens.get("bos_token", "") if chat else ""
+    ids = tokenizer.encode(text if text.startswith(bos) else bos + text)
+    return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
+
+
+def texts_of(tokenizer, row: Preference) -> tuple[str, list[str]]:
+    """The prompt and the two responses as text. Raises ValueError with FILE:LINE where the chat
+    template fails, or rewrites the prompt once it is answered."""
+    if isinstance(row.prompt, str):
+        return row.prompt, [row.chosen, row.rejected]
+    try:
+        prompt = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True)
+        full = [tokenizer.apply_chat_template(row.prompt + x) for x in (row.chosen, row.rejected)]
+        if not all(text.startswith(prompt) for text in full):
+            raise ValueError("the chat template changes the prompt once it is answered")
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
+    return prompt, [text[len(prompt) :] for text in full]
+
+
 def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: int) -> Pair | str:
     """The tokens of a row, or the reason why it is dropped.
 
     Each response is cut by its own length, so that prompt and response fit max_length. Raises
-    ValueError with FILE:LINE where the chat template rewrites the prompt once it is answered.
+    ValueError with FILE:LINE, see `texts_of`.
     """
-    prompt_text, texts = row.prompt, (row.chosen, row.rejected)
-    chat = not isinstance(prompt_text, str)
-    if chat:
-        try:
-            prompt_text = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True)
-            full = [tokenizer.apply_chat_template(row.prompt + answer) for answer in texts]
-            if not all(text.startswith(prompt_text) for text in full):
-                raise ValueError("the chat template changes the prompt once it is answered")
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from None
-        texts = [text[len(prompt_text) :] for text in full]
+    prompt_text, texts = texts_of(tokenizer, row)
+    chat = not isinstance(row.prompt, str)
     prompt = encode_prompt(tokenizer, prompt_text, chat)
     responses = []
     for text in texts:
@@ -110,20 +126,14 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     return Pair(*arrays, row.where, row.accept, chat, cut)
 
 
-def encode_prompt(tokenizer, text: str, chat: bool = False) -> list[int]:
-    """A prompt as the model sees it: BOS once in front, also where a template wrote it already.
+def encode_pairs(
+    tokenizer, rows: list[Preference], max_length: int, max_prompt_length: int, progress=iter
+) -> tuple[list[Pair], Counter]:
+    """The pairs of a file's rows, and how many rows were dropped for which reason.
 
-    chat: the text is a chat template's. Then BOS is put in front as text, as the template says it
-    that is saved with the model, because some tokenizers encode what follows it in another way
-    than what begins a text.
+    max_length is not above the model's context. Raises ValueError with the file's name, also where
+    no pair is left.
     """
-    bos = tokenizer.special_tokens.get("bos_token", "") if chat else ""
-    ids = tokenizer.encode(text if text.startswith(bos) else bos + text)
-    return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
-
-
-def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progress=iter):
-    """All rows -> (pairs, Counter of dropped rows by reason). Raises ValueError if none is left."""
     pairs, dropped = [], Counter()
     for row in progress(rows):
         pair = encode_pair(tokenizer, row, max_length, max_prompt_length)
@@ -131,9 +141,30 @@ def encode_rows(tokenizer, rows, max_length: int, max_prompt_length: int, progre
             pairs.append(pair)
         else:
             dropped[pair] += 1
-    if not pairs:
-        raise ValueError(f"no pairs left of {len(rows)} rows: {describe(dropped)}")
+    if rows and not pairs:
+        raise ValueError(f"{rows[0].file}: no pairs left of {len(rows)} rows: {reasons(dropped)}")
     return pairs, dropped
+
+
+def summary(rows: list[Preference], pairs: list[Pair], dropped: Counter, max_length: int):
+    """What there is to say of a file's rows and their pairs, a list of lines."""
+    lengths = np.array([pair.lengths for pair in pairs]).mean(0)
+    chosen, rejected = (sum(pair.cut[i] for pair in pairs) for i in (0, 1))
+    lines = [
+        f"{rows[0].file}: {len(pairs)} pairs of {len(rows)}; dropped: {reasons(dropped)}",
+        "mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths),
+        f"cut to {max_length} tokens, so without EOS: {chosen} chosen, {rejected} rejected",
+        *warnings_of(rows),
+    ]
+    ignored = {key for row in rows for key in row.ignored}
+    if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
+        text = f"warning: {' and '.join(used)} not used; tools/prepare.py puts such columns"
+        lines.append(f"{text} into the prompt")
+    return lines
+
+
+def reasons(dropped: Counter) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"
 
 
 def hold_out(rows: list[Preference], fraction: float, seed: int):
@@ -149,7 +180,7 @@ def hold_out(rows: list[Preference], fraction: float, seed: int):
 
 
 # ---------------------------------------------------------------------------------------------
-# Steps and micro-batches.
+# Steps: which pairs come when, and which of them go together.
 
 
 @functools.lru_cache(maxsize=2)  # every step asks for it
@@ -164,11 +195,44 @@ def steps_in_epoch(n_pairs: int, batch_size: int) -> int:
 
 
 def step_pairs(pairs: list[Pair], step: int, batch_size: int, seed: int) -> list[Pair]:
-    """The pairs of update `step` (1 is the first): by (seed, step) alone, so resuming needs no
-    state."""
+    """The pairs of update `step`; 1 is the first."""
     epoch, i = divmod(step - 1, steps_in_epoch(len(pairs), batch_size))
     indices = epoch_permutation(len(pairs), seed, epoch)
     return [pairs[k] for k in indices[i * batch_size :][:batch_size]]
+
+
+def balance_over_ranks(pairs: list[Pair], world_size: int) -> list[list[Pair]]:
+    """A share for each process: the longest pair first, each to the one with the fewest tokens.
+
+    Within a share the order stays.
+    """
+    shares, tokens = [[] for _ in range(world_size)], [0] * world_size
+    for i in sorted(range(len(pairs)), key=lambda i: -pairs[i].n_tokens):
+        least = tokens.index(min(tokens))
+        shares[least].append(i)
+        tokens[least] += pairs[i].n_tokens
+    return [[pairs[i] for i in sorted(share)] for share in shares]
+
+
+def split_by_tokens(pairs: list[Pair], budget: int) -> list[list[Pair]]:
+    """Neighbours of at most `budget` tokens together; a longer pair by itself."""
+    spans = _split_sizes([pair.n_tokens for pair in pairs], budget)
+    return [pairs[start:stop] for start, stop in spans]
+
+
+def _split_sizes(sizes: list[int], limit: int) -> list[tuple[int, int]]:
+    """(start, stop) of neighbours whose sizes add up to at most limit; a larger one by itself."""
+    starts, total = [], 0
+    for i, size in enumerate(sizes):
+        if not starts or total + size > limit:
+            starts.append(i)
+            total = 0
+        total += size
+    return list(pairwise([*starts, len(sizes)]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Micro-batches.
 
 
 class Batch(NamedTuple):
@@ -176,10 +240,8 @@ class Batch(NamedTuple):
 
     # For the transformer:
     tokens: Tensor  # (N,) int64, runs of [prompt | chosen | rejected]
-    positions: Tensor  # (N,) int64; chosen and rejected both go on from the prompt's end
-    q_lens: list[int]  # two segments a pair: so many tokens in a row are the queries of each
-    k_lens: list[int]  # ... and have so many keys,
-    key_index: Tensor  # (M,) int64, which lie end to end in the rows that this gathers
+    positions: Tensor  # (N,) int64; chosen and rejected both continue the prompt's
+    segments: Segments  # two a pair: prompt and chosen; rejected, over the prompt and itself
     # For the loss:
     predict: Tensor  # (P,) int64, the row of the hidden states that predicts ...
     targets: Tensor  # (P,) int64, ... this token
@@ -188,6 +250,11 @@ class Batch(NamedTuple):
     response_lengths: Tensor  # (2B,) int64: chosen and rejected of pair 0, of pair 1, ...
     groups: list[tuple[int, int]]  # rows of the P, start to stop, that go through lm_head together
     n_pairs: int  # of the whole step
+
+    def to(self, device) -> "Batch":
+        """On a device; where that is a GPU the host does not wait for the copies."""
+        moved = [to_device(x, device) if torch.is_tensor(x) else x for x in self]
+        return Batch(*moved)._replace(segments=self.segments.to(device))
 
 
 GROUP_ROWS = 2048  # through lm_head at a time: enough for a GPU's products, and few logits
@@ -218,155 +285,83 @@ def micro_batches(
     shares = [split_by_tokens(share, budget) for share in balance_over_ranks(pairs, world_size)]
     parts, most = shares[rank], max(map(len, shares))
     parts += [[] for _ in range(most - len(parts))]
-    return [_pack(part, sft_loss, len(pairs), n_tokens, multiple) for part in parts]
+    n_full = n_tokens if sft_loss == "full" else None
+    return [_pack(part, len(pairs), n_full, multiple) for part in parts]
 
 
-def balance_over_ranks(pairs: list[Pair], world_size: int) -> list[list[Pair]]:
-    """A share for each process: the longest pair first, each to whom has the fewest tokens so far.
+class _Run(NamedTuple):
+    """One pair's part of the Batch, as arrays, with the batch's own rows and pair numbers."""
 
-    Within a share the order stays.
-    """
-    shares, tokens = [[] for _ in range(world_size)], [0] * world_size
-    for i in sorted(range(len(pairs)), key=lambda i: -pairs[i].n_tokens):
-        least = tokens.index(min(tokens))
-        shares[least].append(i)
-        tokens[least] += pairs[i].n_tokens
-    return [[pairs[i] for i in sorted(share)] for share in shares]
-
-
-def split_by_tokens(pairs: list[Pair], budget: int) -> list[list[Pair]]:
-    """Neighbours of at most `budget` tokens together; a longer pair is alone."""
-    spans = _split_sizes([pair.n_tokens for pair in pairs], budget)
-    return [pairs[start:stop] for start, stop in spans]
+    tokens: np.ndarray
+    positions: np.ndarray
+    key_index: np.ndarray  # the keys of its two segments, as rows of the batch
+    predict: np.ndarray
+    targets: np.ndarray
+    response: np.ndarray
+    nll_weight: np.ndarray
 
 
-def _split_sizes(sizes: list[int], limit: int) -> list[tuple[int, int]]:
-    """(start, stop) of neighbours whose sizes add up to at most limit; a larger one is alone."""
-    starts, total = [], 0
-    for i, size in enumerate(sizes):
-        if not starts or total + size > limit:
-            starts.append(i)
-            total = 0
-        total += size
-    return list(pairwise([*starts, len(sizes)]))
+def _lay_out(pair: Pair, i: int, at: int, n_pairs: int, n_full: int | None) -> _Run:
+    """Pair i, whose first token is row `at` of the batch. n_full: the tokens of the step that count
+    where the SFT term covers the prompt too, else None."""
+    p, c, r = pair.lengths
+    chosen_at, rejected_at, end = at + p, at + p + c, at + p + c + r
+    # The rejected response sees the prompt's keys, which are gathered a second time, and its own,
+    # but not the chosen response that lies between them.
+    key_index = np.r_[at:rejected_at, at:chosen_at, rejected_at:end]
+    # A token is predicted by the row in front of it. The first tokens of both responses are
+    # predicted by the prompt's last row, which so comes twice.
+    first = p if n_full is None else 1  # of prompt and chosen: the first that has a weight in L_SFT
+    predict = np.r_[at + first - 1 : rejected_at - 1, chosen_at - 1, rejected_at : end - 1]
+    weight = 1 / (n_pairs * c if n_full is None else n_full)
+    return _Run(
+        tokens=np.concatenate([pair.prompt, pair.chosen, pair.rejected]),
+        positions=np.r_[0 : p + c, p : p + r],
+        key_index=key_index,
+        predict=predict,
+        targets=np.concatenate([pair.prompt[first:], pair.chosen, pair.rejected]),
+        response=np.repeat([-1, 2 * i, 2 * i + 1], [p - first, c, r]),
+        nll_weight=np.repeat([weight, 0], [p - first + c, r]),
+    )
 
 
-def _pack(pairs: list[Pair], sft_loss: str, n_pairs: int, n_tokens: int, multiple: int) -> Batch:
-    full = sft_loss == "full"
-    tokens, positions, q_lens, k_lens, key_index = [], [], [], [], []
-    predict, targets, response, weight, rows = [], [], [], [], []
-    start = 0  # of this pair's run
-    for i, pair in enumerate(pairs):
-        p, c, r = pair.lengths
-        last, rejected, stop = start + p - 1, start + p + c, start + p + c + r
-        tokens += [pair.prompt, pair.chosen, pair.rejected]
-        positions += [np.arange(p + c), np.arange(p, p + r)]
-        q_lens += [p + c, r]
-        k_lens += [p + c, p + r]
-        # The rejected response sees the prompt's keys, which are gathered a second time, not the
-        # chosen response between them and its own.
-        key_index += [np.arange(start, rejected), np.arange(start, start + p)]
-        key_index += [np.arange(rejected, stop)]
-
-        first = 1 if full else p  # the first token of prompt and chosen that has a weight in L_SFT
-        # The last prompt token predicts the first token of both responses.
-        predict += [np.arange(start + first - 1, last + c), [last]]
-        predict += [np.arange(rejected, stop - 1)]
-        targets += [pair.prompt[first:], pair.chosen, pair.rejected]
-        response += [np.full(p - first, -1), np.full(c, 2 * i), np.full(r, 2 * i + 1)]
-        weight += [np.full(p - first + c, 1 / (n_tokens if full else n_pairs * c)), np.zeros(r)]
-        rows.append(p - first + c + r)
-        start = stop
+def _pack(pairs: list[Pair], n_pairs: int, n_full: int | None, multiple: int) -> Batch:
+    starts = [0, *accumulate(pair.n_tokens for pair in pairs)]
+    runs = [_lay_out(pair, i, starts[i], n_pairs, n_full) for i, pair in enumerate(pairs)]
+    n_tokens, rows = starts[-1], [len(run.predict) for run in runs]
+    q_lens = [n for p, c, r in (pair.lengths for pair in pairs) for n in (p + c, r)]
+    k_lens = [n for p, c, r in (pair.lengths for pair in pairs) for n in (p + c, p + r)]
     # Padding. Kernels want one token at least, so a micro-batch without pairs is a run of it.
-    if padding := -start % multiple if pairs else multiple:
-        tokens.append(np.zeros(padding))
-        positions.append(np.arange(padding))
+    padding = -n_tokens % multiple if pairs else multiple
+    more_rows = -sum(rows) % multiple
+    if padding:
         q_lens.append(padding)
         k_lens.append(padding)
-        key_index.append(np.arange(start, start + padding))
-    padding = -sum(rows) % multiple
-    for parts, value in ((predict, 0), (targets, 0), (response, -1), (weight, 0)):
-        parts.append(np.full(padding, value))
+    zeros, unread = np.zeros(padding, int), np.zeros(more_rows, int)
+    place, nobody = np.arange(padding), np.full(more_rows, -1)
+    runs.append(_Run(zeros, place, n_tokens + place, unread, unread, nobody, unread))
     # Groups of whole pairs; the padding goes with the last.
     ends = [0, *accumulate(rows)]
     groups = [(ends[i], ends[j]) for i, j in _split_sizes(rows, GROUP_ROWS)]
     if groups:
-        groups[-1] = groups[-1][0], ends[-1] + padding
+        groups[-1] = groups[-1][0], ends[-1] + more_rows
 
     def join(parts, dtype=np.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(dtype))
 
+    columns = _Run(*zip(*runs, strict=True))
     return Batch(
-        tokens=join(tokens),
-        positions=join(positions),
-        q_lens=q_lens,
-        k_lens=k_lens,
-        key_index=join(key_index),
-        predict=join(predict),
-        targets=join(targets),
-        response=join(response),
-        nll_weight=join(weight, np.float32),
+        tokens=join(columns.tokens),
+        positions=join(columns.positions),
+        segments=Segments.of(q_lens, k_lens, join(columns.key_index)),
+        predict=join(columns.predict),
+        targets=join(columns.targets),
+        response=join(columns.response),
+        nll_weight=join(columns.nll_weight, np.float32),
         response_lengths=torch.tensor([n for pair in pairs for n in pair.lengths[1:]]).long(),
         groups=groups,
         n_pairs=n_pairs,
     )
-
-
-# =============================================================================================
-# Nothing below is ORPO: what a run says of its data, and how to look at it.
-# =============================================================================================
-
-
-@dataclass
-class PairSet:
-    """Pairs, and what there is to say of them, some lines of text."""
-
-    pairs: list[Pair]
-    about: str = ""
-
-
-def make_pairs(rows, tokenizer, max_length: int, max_prompt_length: int, progress=iter) -> PairSet:
-    """The pairs that train.py trains on and data.py shows, of the rows of one file.
-
-    max_length is not above the model's context. Raises ValueError with the file's name.
-    """
-    if not rows:
-        return PairSet([])
-    file = rows[0].where.rpartition(":")[0]
-    try:
-        pairs, dropped = encode_rows(tokenizer, rows, max_length, max_prompt_length, progress)
-    except ValueError as error:
-        raise ValueError(error if str(error).startswith(file) else f"{file}: {error}") from None
-    forms = " and ".join(dict.fromkeys(row.form for row in rows))
-    lengths = np.array([pair.lengths for pair in pairs]).mean(0)
-    chosen, rejected = (sum(pair.cut[i] for pair in pairs) for i in (0, 1))
-    about = [
-        f"{file}: {forms}",
-        f"{len(pairs)} pairs of {len(rows)}; dropped: {describe(dropped)}",
-        "mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths),
-        f"cut to {max_length} tokens, so without EOS: {chosen} chosen, {rejected} rejected",
-        *warnings_of(rows),
-    ]
-    ignored = {key for row in rows for key in row.ignored}
-    if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
-        text = f"warning: {' and '.join(used)} not used; tools/prepare.py puts such columns"
-        about.append(f"{text} into the prompt")
-    return PairSet(pairs, "\n         ".join(about))
-
-
-def digest(pairs: list[Pair]) -> str:
-    """The number of pairs, and a hash of their lengths and token ids, by which a run that goes on
-    knows them again."""
-    sha256 = hashlib.sha256()
-    for pair in pairs:
-        sha256.update(np.array(pair.lengths, np.int32).tobytes())
-        for ids in pair[:3]:
-            sha256.update(np.asarray(ids, np.int32).tobytes())
-    return f"{len(pairs)} pairs, {sha256.hexdigest()[:16]}"
-
-
-def describe(dropped: Counter) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -378,7 +373,7 @@ def show(pair: Pair, tokenizer, colour: bool = True) -> str:
     lines, roles = [], ("context", "trained towards", "trained away from")
     for name, ids, role, paint in zip(Pair._fields, pair[:3], roles, (2, 32, 31), strict=False):
         lines.append(f"{name}: {len(ids)} tokens, {role}")
-        # Decoded one by one behind a fixed token, so that no leading space is taken away.
+        # Decoded one by one after a fixed token, so that no leading space is taken away.
         head = tokenizer.decode(ids[:1])
         texts = [head] + [tokenizer.decode([ids[0], i])[len(head) :] for i in ids[1:]]
         text = "·".join(texts).replace("\n", "\\n")
@@ -392,33 +387,30 @@ def use_colour() -> bool:
 
 def main(argv=None):
     """Prints three pairs as they are trained on, and what train.py says of all of them."""
-
-    def complain(message):  # without the dump of the usage
-        raise ValueError(f"{message} (see python data.py --help)")
-
-    parser = argparse.ArgumentParser(description="Shows pairs, coloured by what is trained on.")
-    parser.error = complain
+    parser = argparse.ArgumentParser(
+        prog="data.py",
+        usage=argparse.SUPPRESS,
+        description="Shows pairs, coloured by what is trained on.",
+    )
     parser.add_argument("file", help="preference rows, JSON Lines")
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the tokenizer")
     parser.add_argument("--chat-template", metavar="FILE", help="jinja file, not the model's own")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens (2048)")
     parser.add_argument("--max-prompt-length", type=int, default=1792, help="tokens (1792)")
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
         tokenizer = load_tokenizer(args.model, args.chat_template)
         length, settings = args.max_length, Path(args.model) / "config.json"
         if settings.is_file():
-            from model import ModelConfig  # for this alone: pairs know nothing of models
-
             length = min(length, ModelConfig.from_json(settings).max_seq_len)
         rows = load_preferences(args.file)
-        pair_set = make_pairs(rows, tokenizer, length, args.max_prompt_length)
+        pairs, dropped = encode_pairs(tokenizer, rows, length, args.max_prompt_length)
     except (OSError, ValueError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    for pair in pair_set.pairs[:3]:
+    for pair in pairs[:3]:
         print(show(pair, tokenizer, use_colour()), end="\n\n")
-    print(pair_set.about.replace("\n         ", "\n"))
+    print("\n".join(summary(rows, pairs, dropped, length)))
 
 
 if __name__ == "__main__":

@@ -28,18 +28,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import Segments, attention, to_device
+from attention import KVCache, Segments, attention, to_device
 from formats.families import config_json, config_values, write_config
 from formats.files import read_json
 from formats.weights import read_weights, write_weights
 
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-ACTIVATIONS |= {"gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh}
+ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
 
 
 @dataclass
@@ -68,11 +64,11 @@ class ModelConfig:
     gated: bool = True  # MLP: down(act(gate) * up), not down(act(up))
     activation: str = "silu"  # Hugging Face's name
     norm_first: bool = True  # else the norms follow attention and MLP, and none is at the end
-    parallel: bool = False  # attention and MLP side by side, behind one norm
+    parallel: bool = False  # attention and MLP side by side, after one norm
     rotary_fraction: float = 1.0  # of each head's dimensions
     rope_scaling: dict = field(default_factory=dict)  # {"rope_type": "linear" or "llama3", ...}
-    position_offset: int | None = None  # learned positions, with so many rows before position 0
-    windows: list = field(default_factory=list)  # a layer sees so many tokens back; None: all
+    position_offset: int | None = None  # learned positions; position 0 is this row of them
+    windows: list = field(default_factory=list)  # keys that a query of each layer sees; None: all
     source: dict = field(default_factory=dict, repr=False)  # config.json as it was read
 
     def __post_init__(self):
@@ -265,7 +261,7 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.compute_dtype = None  # None: that of the parameters
-        self.checkpointed_blocks = 0  # so many keep their input alone, and compute the rest twice
+        self.checkpointed_blocks = 0  # the first blocks, which keep only their input and run twice
         self.embed_tokens = nn.Embedding(c.vocab_size, c.embed_dim)
         self.project_in = self.project_out = None
         if c.embed_dim != c.dim:
@@ -344,10 +340,8 @@ class Transformer(nn.Module):
         """The vocabulary projection (V, E)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    # =========================================================================================
-    # Nothing below takes part in a training step as on a GPU: loading and saving, counting,
-    # generation, LoRA, and at the end of the file attention where there is no Flash kernel.
-    # =========================================================================================
+    # -----------------------------------------------------------------------------------------
+    # Loading, saving, counting.
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype: torch.dtype | None = None, shard=None):
@@ -385,8 +379,8 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_bytes=5 * 10**9):
         """Writes config.json and model.safetensors (shards with an index above shard_bytes).
 
-        dtype None stores the parameters as they are. transformers and others load it. Of a sharded
-        model all processes call it, but one of them only has the folder; the others give None.
+        dtype None stores the parameters as they are. transformers and others load it. All processes
+        of a sharded model call it, one of them with the folder and the others with None.
         Raises ValueError where something was added to the model, as LoRA's adapters are.
         """
         parameters = dict(self.named_parameters())
@@ -417,10 +411,10 @@ class Transformer(nn.Module):
         total = sum((4 + 2 * p.requires_grad) * p.numel() for p in weights) * sum(map(sum, lengths))
         frozen = not self.lm_head_weight.requires_grad
         total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.embed_dim
-        runs = [(0, p + m) for p, m, _ in lengths] + [(p, p + r) for p, _, r in lengths]
-        seen = np.concatenate([1 + np.arange(*run) for run in runs])  # by the query at a position
+        p, m, r = np.array(lengths, int).reshape(-1, 3).T
         for window in c.windows:
-            total += 12 * c.n_heads * c.head_dim * int(np.minimum(seen, window or np.inf).sum())
+            keys = keys_seen(p + m, window) + keys_seen(p + r, window) - keys_seen(p, window)
+            total += 12 * c.n_heads * c.head_dim * int(keys.sum())
         return total
 
     # -----------------------------------------------------------------------------------------
@@ -443,7 +437,7 @@ class Transformer(nn.Module):
         room = np.minimum(max_new_tokens, context - lengths)  # tokens that may still come
         cache = KVCache(self.config, lengths + room, device, dtype)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        rows = np.flatnonzero(room > 0)  # of the n prompts that go on, here and on the device
+        rows = np.flatnonzero(room > 0)  # of the n prompts that continue, here and on the device
         index = to_device(torch.from_numpy(rows), device)
         new = [torch.as_tensor(prompts[i], dtype=torch.int64) for i in rows]
         new = torch.cat(new or [index]).to(device)  # (N,): the prompts, later a token of each
@@ -474,9 +468,9 @@ class Transformer(nn.Module):
         """The new tokens of each prompt: lists of ids of any lengths, or a tensor (B, T).
 
         A sequence ends with eos_id (which is returned), after max_new_tokens, or where the model's
-        context is full. temperature 0 is greedy, and the tokens are then those of each prompt
-        alone. Sampling draws for all sequences that go on at once: the same prompts together and
-        the same state of the generator give the same tokens. Raises ValueError where a prompt is
+        context is full. temperature 0 is greedy: a prompt's tokens then do not depend on the other
+        prompts. Sampling draws for all sequences at once, so the same tokens come only of the same
+        prompts together with the same state of the generator. Raises ValueError where a prompt is
         empty or longer than the context.
         """
         sampling = temperature, top_k, top_p, eos_id, generator
@@ -485,37 +479,11 @@ class Transformer(nn.Module):
         return [[token for token in row if token >= 0] for row in rows]
 
 
-class KVCache:
-    """Keys and values of sequences of any lengths, which grow while generating.
-
-    Packed like everything else: a sequence has a run of rows, as many as it may come to have
-    tokens, so nothing moves while it grows. Which rows are whose, key_index of Segments says.
-    """
-
-    def __init__(self, config: ModelConfig, sizes, device, dtype):
-        shape = (config.n_layers, 2, sum(sizes), config.n_kv_heads, config.head_dim)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.first_row = np.cumsum([0, *sizes])[:-1]  # of each sequence
-        self.lengths = np.zeros_like(self.first_row)  # its tokens so far
-
-    def grow(self, sequences, n_new) -> tuple[Tensor, Segments]:
-        """n_new[i] tokens come to sequences[i]: their positions (N,), and what they see."""
-        old, first, device = self.lengths[sequences], self.first_row[sequences], self.kv.device
-        k_lens = self.lengths[sequences] = old + n_new
-        runs = (first + old, n_new), (old, n_new), (first, k_lens)
-        self.rows, positions, key_index = (to_device(_ranges(*run), device) for run in runs)
-        segments = Segments.of(list(n_new), list(k_lens), device=device)
-        return positions, segments._replace(key_index=key_index)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Stores the new tokens' k, v (N, K, d); returns all keys and values, (2, rows, K, d)."""
-        return self.kv[layer].index_copy_(1, self.rows, torch.stack((k, v)))
-
-
-def _ranges(starts, lengths) -> Tensor:
-    """start, start + 1, ... of each run, end to end: int64."""
-    runs = zip(starts, lengths, strict=True)
-    return torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in runs]))
+def keys_seen(n, window: int | None):
+    """How many keys the first n queries of a sequence see together: 1 + 2 + ..., at most window
+    each. n may be an array."""
+    growing = n if window is None else np.minimum(n, window)
+    return growing * (growing + 1) // 2 + (n - growing) * (window or 0)
 
 
 def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:

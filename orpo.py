@@ -20,6 +20,7 @@ L_SFT covers is data (`nll_weight` in part 3), and no mode of the code.
 This file imports torch only: copy it into your project.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,6 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------
 # 1. The objective. There are only B numbers here, so everything is computed in float64: that
 #    costs nothing and a float32 caller gets every digit. (log P = -1e-8 is not 0.)
-
-LN2 = 0.6931471805599453
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -44,7 +43,7 @@ def log1mexp(x: Tensor) -> Tensor:
     Shape: any. A value a rounding error above 0 counts as 0.
     """
     y = x.double().clamp(max=0)
-    near = y > -LN2  # which form keeps its digits changes at 1 - e^x = 1/2
+    near = y > -math.log(2)  # which form keeps its digits changes at 1 - e^x = 1/2
     # Each branch sees an input that is harmless to it: torch.where would choose the right value
     # but multiply the gradient of the other branch by 0, and 0 * inf is NaN.
     close = torch.log(-torch.expm1(torch.where(near, y, -1.0)))
@@ -107,7 +106,7 @@ def _odds_ratio_value(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
     smaller = torch.exp(-(a - b).abs()) * torch.where(a > b, u / v, v / u)  # min(q, 1/q)
     log_q = (b - a) + (u.log() - v.log())
     loss = torch.log1p(smaller) + torch.where(a > b, 0.0, log_q)
-    return torch.where(a == b, LN2, loss).to(result_dtype(chosen_logps))
+    return torch.where(a == b, math.log(2), loss).to(result_dtype(chosen_logps))
 
 
 class _OddsRatioLoss(torch.autograd.Function):
@@ -171,25 +170,6 @@ class ORPOOutput(NamedTuple):
     odds_ratio_loss: Tensor  # (B,), L_OR of each pair
     chosen_logps: Tensor  # (B,), means over each response's tokens
     rejected_logps: Tensor  # (B,)
-
-
-def pair_groups(response: Tensor, group_rows: int = 2048) -> list[tuple[int, int]]:
-    """Splits rows 0..P into (start, stop) groups near group_rows rows, never through a pair.
-
-    response (P,) as in `fused_linear_orpo`. Its values are read on the host, so on a GPU tensor
-    this is a synchronisation. A pair longer than group_rows is a group of its own.
-    """
-    pairs = [r // 2 for r in response.tolist()]  # a prompt row, -1, belongs to pair -1: no pair
-    last_row = {pair: row for row, pair in enumerate(pairs)}
-    groups, start, boundary, open_until = [], 0, 0, -1
-    for row, pair in enumerate(pairs):
-        if row - start >= group_rows and boundary > start:
-            groups.append((start, boundary))
-            start = boundary
-        open_until = max(open_until, last_row[pair] if pair >= 0 else row)
-        if open_until == row:  # every pair so far is whole
-            boundary = row + 1
-    return [*groups, (start, len(pairs))] if pairs else []
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -273,10 +253,10 @@ class _FusedLinearORPO(torch.autograd.Function):
             if not needs_grad:
                 continue
 
-            # Step 2: one coefficient a token, dLoss/d log p_t, times 1 - p_t. This factor comes in
-            # before anything else: a derivative of L_OR can be as large as 1/(1 - P), but
-            # (1 - p_t)/(1 - P) is at most m. (The means are of all pairs, (B,) numbers. Those of
-            # this group are final, as a pair is whole within it, and only theirs are read.)
+            # Step 2: one coefficient a token: dLoss/d log p_t times 1 - p_t. We multiply by 1 - p_t
+            # before anything else, because a derivative of L_OR can be as large as 1/(1 - P) and
+            # overflow, while (1 - p_t)/(1 - P) is at most m. The means below are of all pairs so
+            # far; a pair is whole within its group, so those of this group are final.
             one_minus_p = torch.sigmoid(-token_log_odds)
             d_chosen, d_rejected = odds_ratio_grad(*_mean_logps(sums, lengths))  # each (B,)
             d_mean = torch.stack((d_chosen, d_rejected), 1).flatten()  # (2B,), as `response` counts
@@ -339,8 +319,10 @@ def fused_linear_orpo(
         token (which only the SFT term can cover). Pairs are numbered from 0 in this micro-batch.
     nll_weight (P,): weight of each token in L_SFT, e.g. 1/(n_pairs * m) on chosen tokens.
     n_pairs: the pairs of the whole optimizer step, so that micro-batches simply add up.
-    lengths (2B,): m of each response, and groups (`pair_groups`): worked out from `response`
-        where not given, at the price of a CPU-GPU synchronisation.
+    lengths (2B,): m of each response; counted in `response` where not given, for which the host
+        waits for a GPU.
+    groups: rows, start to stop, that go through lm_head at a time; a pair's are all in one group.
+        Without them all rows go at once, and P x V logits are kept.
 
     Differentiable with respect to hidden and lm_head, once; without gradients it costs one matrix
     product instead of three, with a frozen lm_head two. Exact at certainty, from the logits up.
@@ -357,7 +339,7 @@ def fused_linear_orpo(
             raise ValueError(
                 f"response: every pair needs both its responses, got {lengths.tolist()}"
             )
-    groups = pair_groups(response) if groups is None else groups
+    groups = [(0, len(response))] if groups is None else groups
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
     data = (targets, response, nll_weight, lam, n_pairs, lengths, groups)
     return ORPOOutput(*_FusedLinearORPO.apply(hidden, lm_head, needs_grad, data))

@@ -155,7 +155,7 @@ def make(variant: Variant, device: torch.device):
     config = TrainConfig(dtype="bfloat16", lr=1e-5, micro_batch_tokens=variant.tokens)
     pairs = random_pairs(n_pairs, LENGTHS, shape.vocab_size, seed=2)
     optimizer = train.make_optimizer(model, config)
-    return model, optimizer, config, pairs, train.micro_batches(pairs, config)
+    return model, optimizer, config, pairs, train.pack(pairs, config)
 
 
 def measure(variant: Variant, n_steps: int, device: torch.device) -> str:
@@ -379,7 +379,7 @@ def count_step(variant: Variant):
     shape = dataclasses.replace(shape)  # a copy, which is changed below
     config = TrainConfig(dtype="bfloat16", micro_batch_tokens=variant.tokens)
     pairs = random_pairs(n_pairs, LENGTHS, shape.vocab_size, seed=2)
-    batches = train.micro_batches(pairs, config)
+    batches = train.pack(pairs, config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
             model = Transformer(shape)

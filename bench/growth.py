@@ -8,6 +8,7 @@ plot with the fitted exponents and prints the points (needs matplotlib, requirem
 --trl adds TRL's ORPOTrainer, without recomputation (needs requirements-peers.txt).
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ import numpy as np
 
 from bench import peers, step
 from bench.peers import VARIANTS, Worker
-from bench.step import Parser
+from tools.report import head
 
 SWEEPS = {  # what grows: its name, its values
     "response": ("tokens of each response", (256, 512, 1024, 2048, 4096, 8192)),
@@ -102,7 +103,7 @@ def draw(found: dict, file: Path):
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=peers.TOLERANCE, default="float32")
     parser.add_argument("--only", choices=SWEEPS, nargs="+", default=list(SWEEPS))
     parser.add_argument("--trl", action="store_true", help="TRL beside ours")
@@ -110,7 +111,7 @@ def main():
     args = parser.parse_args()
     if args.out.suffix not in (".svg", ".png"):
         parser.error(f"--out {args.out}: its name must end in .svg or .png")
-    print(peers.head(os.cpu_count()))
+    print(head(os.cpu_count()))
     found, known = {}, {}
     try:
         for name in ("ours", "plain")[: 1 + args.trl]:

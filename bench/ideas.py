@@ -14,6 +14,7 @@ table's bound is the speed-up over (a) that counting operations allows; arXiv 24
 `--sft-loss full` nearly every row is predicted, and (d) is (c).
 """
 
+import argparse
 import ctypes
 import itertools
 import os
@@ -29,10 +30,11 @@ import data
 import train
 from attention import Segments
 from bench import peers, step
-from bench.step import LAM, Parser, positive
+from bench.step import LAM, positive
 from model import Transformer
 from orpo import odds_ratio_loss
 from run.processes import keep_freed_memory
+from tools.report import head, table, write
 
 NAMES = {
     "a": "padded, separate",
@@ -89,7 +91,7 @@ def compute(idea: str, model: Transformer, pairs: list[data.Pair]):
         tokens, positions, segments, predict = layout(pairs, padded=idea == "a")
     else:
         tokens, positions, predict = batch.tokens, batch.positions, batch.predict
-        segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index)
+        segments = batch.segments
     hidden = model.hidden_states(tokens, positions, segments)
     if idea == "d":
         hidden, predict = hidden.index_select(0, predict), torch.arange(len(predict))
@@ -156,7 +158,7 @@ def one_table(model: Transformer, ratio: str, pairs, memory: dict, rounds: int) 
         )
     lengths = ", ".join(f"{p} + {c} | {r}" for p, c, r in (pair.lengths for pair in pairs))
     heads = ["", "ms", "speed-up", "its bound", "GFLOP", "peak GB above the model"]
-    return f"prompt to response {ratio} ({lengths} tokens)\n\n{peers.table(heads, rows)}"
+    return f"prompt to response {ratio} ({lengths} tokens)\n\n{table([heads, *rows])}"
 
 
 def ratio(text: str) -> str:
@@ -166,7 +168,7 @@ def ratio(text: str) -> str:
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
     parser.add_argument("--ratios", type=ratio, nargs="+", default=["1:4", "1:1", "4:1", "16:1"])
     parser.add_argument("--dtype", choices=peers.TOLERANCE, default="float32")
     parser.add_argument("--rounds", type=positive, default=3, help="after one to warm up")
@@ -179,18 +181,18 @@ def main():
     torch.manual_seed(0)
     model = Transformer(step.SHAPE)
     model.compute_dtype = getattr(torch, args.dtype)
-    text = "" if args.append else peers.head(args.threads)
+    text = "" if args.append else head(args.threads)
     text += f"\n### Each idea alone: forward and backward, {args.pairs} pairs, {args.dtype}\n"
     try:
         print(text)
-        peers.write(text, args.out, args.append)
+        write(text, args.out, args.append)
         pairs = {mix: make_pairs(mix, args.pairs) for mix in args.ratios}
         memory = {mix: memory_pass(model, pairs[mix], args.dtype) for mix in args.ratios}
         keep_freed_memory()  # as in training; a peak would be hidden by what was kept
         for mix in args.ratios:
             text = one_table(model, mix, pairs[mix], memory[mix], args.rounds)
             print(text, flush=True)
-            peers.write("\n" + text, args.out, append=True)
+            write("\n" + text, args.out, append=True)
     except (OSError, RuntimeError) as error:
         print(f"ideas.py: {error}", file=sys.stderr)
         sys.exit(1)

@@ -39,6 +39,7 @@ import train
 from attention import Gather
 from formats.families import FAMILIES
 from model import ModelConfig, Transformer
+from run import processes
 from run.lora import add_lora
 from run.plan import count_parameters, fixed_memory
 from run.processes import pick_device, rank, shard, world_size
@@ -165,13 +166,13 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
         device=str(device),
     )
     pair = data.Pair(*([token] * n for token, n in zip((1, 2, 3), LENGTHS, strict=True)))
-    (batch,) = train.micro_batches([pair] * (row.tokens // pair.n_tokens), settings)
+    (batch,) = train.pack([pair] * (row.tokens // pair.n_tokens), settings)
     for module in (train, model_file):  # tensors without content cannot be pinned
         module.to_device = lambda x, where: x.to(where or "cpu")
     if row.gpus > 1:
         dist.init_process_group("fake", rank=0, world_size=row.gpus, store=FakeStore())
-        mesh = train.init_device_mesh(device.type, (row.gpus,))
-        train.init_device_mesh = lambda *_: mesh
+        mesh = processes.init_device_mesh(device.type, (row.gpus,))
+        processes.init_device_mesh = lambda *_: mesh
     if row.lora:  # the tracker wants to hear of every parameter's gradient, also where is none
         trained = torch.ones((), requires_grad=True)
         for name in ("register_hook", "register_post_accumulate_grad_hook"):

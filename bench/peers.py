@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from typing import NamedTuple
 import torch
 
 from bench import step
-from bench.step import LAM, LR, PAIRS_A_STEP, Parser, Turns, make_pairs, memory_gb, positive
+from bench.step import LAM, LR, PAIRS_A_STEP, Turns, make_pairs, memory_gb, positive
+from tools.report import head, table, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -266,7 +266,7 @@ def alternate(
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s; others took {others:.0%} of the cores\n\n"
     )
     heads = ["", "ms a step (quartiles)", "times ours (quartiles)", "share of product rate"]
-    return title + table([*heads, "peak GB", "after imports", "first loss"], rows)
+    return title + table([[*heads, "peak GB", "after imports", "first loss"], *rows])
 
 
 def cpu_seconds(workers: list[Worker]) -> tuple[float, float]:
@@ -293,45 +293,12 @@ def spread(values: list[float], form: str) -> str:
     return f"{median:{form}} ({low:{form}} to {high:{form}})"
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def head(threads: int) -> str:
-    """Where, when and with what: nothing here is worth anything without it."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        cpu = names[0] if names else cpu
-    versions = []
-    for package in ("torch", "trl", "transformers", "liger_kernel"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    return (
-        f"{datetime.date.today()}, {cpu}, {threads} of {os.cpu_count()} cores\n"
-        f"python {platform.python_version()}, {', '.join(versions)}\n`{command}`\n"
-    )
-
-
-def write(text: str, out: Path, append: bool = False):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a" if append else "w", encoding="utf-8") as file:
-        file.write(text)
-
-
 def results_file(name: str = "cpu", suffix: str = "md") -> Path:
     return HERE / "results" / f"{datetime.date.today()}-{name}.{suffix}"
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=PAIRS_A_STEP, help="one set of pairs (default: both)")
     parser.add_argument("--dtype", choices=TOLERANCE, help="one dtype (default: both)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)

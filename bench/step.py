@@ -83,7 +83,7 @@ def start(folder, dtype: str, steps: list[list[data.Pair]]):
     optimizer = train.make_optimizer(model, config)
     shares = [s for pairs in steps for s in data.balance_over_ranks(pairs, world_size())]
     largest = max(shares, key=lambda pairs: sum(pair.n_tokens for pair in pairs))
-    plan = Plan(len(steps), len(steps), largest, False, {})
+    plan = Plan(len(steps), len(steps), largest, False)
     train.try_largest(model, optimizer, plan, config)
     return model, optimizer, config
 
@@ -167,9 +167,7 @@ def serve(args):
     turns.ready(flops=flops, padded=padded)
     for step in steps:
         turns.wait()
-        outputs, _ = train.training_step(
-            model, optimizer, train.micro_batches(step, config), config
-        )
+        outputs, _ = train.training_step(model, optimizer, train.pack(step, config), config)
         turns.done(sum(output.loss.detach() for output in outputs))
     turns.wait()
 
@@ -183,7 +181,7 @@ def measure(args):
         model, optimizer, config = start(folder, args.dtype, steps)
     for step in steps:
         begin = time.perf_counter()
-        train.training_step(model, optimizer, train.micro_batches(step, config), config)
+        train.training_step(model, optimizer, train.pack(step, config), config)
         seconds = time.perf_counter() - begin
         rate = product_rate(model.compute_dtype)
         tokens = sum(pair.n_tokens for pair in step)
@@ -191,7 +189,7 @@ def measure(args):
     if args.profile:
         with torch.profiler.profile() as profile:
             for step in steps[3:]:
-                train.training_step(model, optimizer, train.micro_batches(step, config), config)
+                train.training_step(model, optimizer, train.pack(step, config), config)
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
     seconds, speed, share, rate = (statistics.median(c) for c in zip(*rows[3:], strict=True))
     result = {
@@ -208,12 +206,6 @@ def measure(args):
         print(json.dumps(result))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # without the dump of the usage
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -221,7 +213,7 @@ def positive(text: str) -> int:
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     parser.add_argument("--set", choices=PAIRS_A_STEP, default="short", help="of pairs")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=positive, default=20, help="after three to warm up")

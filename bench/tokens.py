@@ -25,7 +25,7 @@ from bench.gpu import LENGTHS, SHAPES, random_pairs
 from model import Transformer
 from run.flags import TrainConfig
 from run.plan import step_flops
-from train import micro_batches
+from train import pack
 
 
 def write_rows(file: Path, text: str, tokenizer, n: int):
@@ -74,7 +74,7 @@ def tokenize(text: str, folder: Path, n: int):
         tokenizer, start = data.load_tokenizer(folder), time.process_time()
         rows = data.load_preferences(file)
         loaded = time.process_time()
-        pairs = data.make_pairs(rows, tokenizer, 2048, 1792).pairs
+        pairs = data.encode_pairs(tokenizer, rows, 2048, 1792)[0]
         done = time.process_time()
     n_tokens = sum(pair.n_tokens for pair in pairs)
     n_bytes = sum(sys.getsizeof(ids) for pair in pairs for ids in pair[:3])
@@ -91,13 +91,13 @@ def tokenize(text: str, folder: Path, n: int):
         print(f"{folder.name}: the library alone, each text once: {seconds:.1f} s")
 
 
-def pack():
+def packing():
     """A step of 32 pairs of UltraFeedback's lengths as tensors, made while another step runs."""
     config = TrainConfig(dtype="bfloat16")
     pairs, seconds = random_pairs(32, LENGTHS, 32000, seed=2), []
     for _ in range(20):
         start = time.perf_counter()
-        micro_batches(pairs, config)
+        pack(pairs, config)
         seconds.append(time.perf_counter() - start)
     n = sum(pair.n_tokens for pair in pairs)
     with torch.device("meta"):

@@ -15,6 +15,7 @@ the numbers hold, found by bisection; and the answers to the questions of confor
 --summary prints only the tables of docs/conformance.md, which takes a few seconds.
 """
 
+import argparse
 import datetime
 import functools
 import importlib.util
@@ -26,8 +27,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.peers import head, table, write
-from bench.step import Parser
 from conformance import implementations
 from conformance.implementations import IMPLEMENTATIONS, OURS, Implementation, Project, level_of
 from conformance.judge import (
@@ -44,6 +43,7 @@ from conformance.judge import (
     truth,
     with_lead,
 )
+from tools.report import head, table, write
 
 HERE = Path(__file__).resolve().parent
 LEVELS = {"pairs": "log-probabilities", "logits": "logits"}
@@ -169,15 +169,14 @@ def summary(chosen: list[Implementation]) -> str:
                     cells.append(str(result.sum_of("not_finite")))
             row += cells
         rows.append(row)
-    return table(heads, rows)
+    return table([heads, *rows])
 
 
 def sources(chosen: list[Implementation]) -> str:
     """Where each was read, or which package was run."""
     projects = dict.fromkeys(one.project for one in chosen)
-    return table(
-        ["implementation", "version", "source"], [[p.name, p.version, p.source] for p in projects]
-    )
+    heads = ["implementation", "version", "source"]
+    return table([heads, *([p.name, p.version, p.source] for p in projects)])
 
 
 def score(one: Implementation) -> list[str]:
@@ -207,7 +206,7 @@ def scores(chosen: list[Implementation], level: str) -> str:
         heads.append("judged by L_SFT over")
     heads += ["cases", "of ordinary ones", "values right", "gradients right"]
     heads += ["NaN or inf where finite", "first NaN or inf, float32"]
-    return table(heads, [score(one) for one in chosen if one.level == level])
+    return table([heads, *(score(one) for one in chosen if one.level == level)])
 
 
 def breaks(chosen: list[Implementation], level: str) -> str:
@@ -228,9 +227,8 @@ def breaks(chosen: list[Implementation], level: str) -> str:
         if one.level == level
         for dtype in RTOL
     ]
-    return table(
-        [f"t from {LEVELS[level]}", "inputs", *(s.region.format("t") for s in sweeps)], rows
-    )
+    heads = [f"t from {LEVELS[level]}", "inputs", *(s.region.format("t") for s in sweeps)]
+    return table([heads, *rows])
 
 
 def quirks(chosen: list[Implementation]) -> str:
@@ -251,7 +249,7 @@ def quirks(chosen: list[Implementation]) -> str:
             cells.append(number(q.measure(function)) if function else "")
         rows.append([name, *cells])
     legend = [f"- **{q.name}**: {q.question}." for q in asked]
-    return "\n".join(legend) + "\n\n" + table(["", *(q.name for q in asked)], rows)
+    return "\n".join(legend) + "\n\n" + table([["", *(q.name for q in asked)], *rows])
 
 
 RIGHT = """
@@ -419,7 +417,7 @@ def load(argument: str) -> list[Implementation]:
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     parser.add_argument("--implementation", metavar="FILE.py:FUNCTION", help="yours, beside ours")
     parser.add_argument(
         "--out",

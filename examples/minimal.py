@@ -71,7 +71,7 @@ if __name__ == "__main__":
     model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float32)
     tokenizer = data.load_tokenizer(FACTS / "base")
     rows = [data.load_preferences(FACTS / name) for name in ("train.jsonl", "eval.jsonl")]
-    pairs, held_out = (data.encode_rows(tokenizer, r, 96, 96)[0] for r in rows)
+    pairs, held_out = (data.encode_pairs(tokenizer, r, 96, 96)[0] for r in rows)
     report(model, tokenizer, held_out)
     for step, loss in enumerate(train(model, pairs, settings), 1):
         print(f"step {step}: loss {loss:.4f}", flush=True)

@@ -76,6 +76,8 @@ TRAIN = {
     "epochs": 4,
     "warmup_steps": 10,
     "max_length": 96,
+    "out": "../../out/builtin",
+    "overwrite": True,
 }
 
 # What there is to know: how it is stated, first as in the good answer, and how it is asked.

@@ -29,7 +29,7 @@ def read(line: int):
         raise ValueError(f"--line must be from 1 to {len(rows)}, not {line}")
     tokenizer = data.load_tokenizer(FACTS / "base")
     model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float64)
-    (pair,), _ = data.encode_rows(tokenizer, rows[line - 1 : line], 96, 96)
+    (pair,), _ = data.encode_pairs(tokenizer, rows[line - 1 : line], 96, 96)
     return model, tokenizer, pair
 
 

@@ -37,11 +37,12 @@ import data
 import train
 from examples.task import load_facts, manner_of, state
 from experiments.compare_report import write_report
-from experiments.evidence import PUBLISHED, about_machine, kept, pool
+from experiments.evidence import PUBLISHED, kept, pool
 from experiments.methods import Method, fit, logps_of
 from model import Transformer
 from run.answers import answers
 from run.processes import keep_freed_memory
+from tools.report import about_machine
 
 FACTS = Path(__file__).resolve().parents[1] / "examples" / "facts"
 
@@ -124,7 +125,7 @@ def load(sizes: Sizes):
     sets = []
     for name in ("train", "eval"):
         rows = data.load_preferences(folder / f"{name}.jsonl")
-        pairs, _ = data.encode_rows(tokenizer, rows, length, length)
+        pairs, _ = data.encode_pairs(tokenizer, rows, length, length)
         sets.append((pairs, [fact_of[pair.accept[0]] for pair in pairs]))
     (held_out, facts) = sets[1]
     return model, tokenizer, sets[0], (held_out[: sizes.n_asked], facts[: sizes.n_asked])

@@ -20,12 +20,12 @@ from experiments.evidence import (
     claims_table,
     interval,
     resampled,
-    table,
     text,
     verdict,
     write_into,
 )
 from tools.plot import CHOSEN, GREY, OTHER, REJECTED, style
+from tools.report import table
 
 BASE, SFT, ORPO, RATIO = ("base model", 0.0), ("SFT", 0.0), ("ORPO", 1.0), ("ratio", 1.0)
 STATEMENTS = ("good", "wrong")  # the manner that the judge likes best, with either value

@@ -4,12 +4,12 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
-import platform
-from datetime import date
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tools.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "evidence.md"
@@ -33,15 +33,6 @@ def kept(file: Path, key, make, *arguments) -> dict:
     temporary.write_text(json.dumps(result | {"key": key}))
     os.replace(temporary, file)
     return result
-
-
-def about_machine() -> dict:
-    """What a reader needs to know of where a comparison ran."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    cpu = next((x.split(": ")[1] for x in lines if x.startswith("model name")), "unknown CPU")
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__}
-    return machine | {"python": platform.python_version(), "date": date.today().isoformat()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,11 +78,6 @@ def text(x: Tensor, digits: int = 3, sign: str = "+") -> str:
     return (
         f"{x[0].mean().item():{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
     )
-
-
-def table(rows: list) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
 
 
 def claims_table(claims: dict, judged: dict) -> str:

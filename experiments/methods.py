@@ -70,10 +70,9 @@ def pack(pairs: list[Pair], chosen_only: bool = False) -> Batch:
     runs = [[True] * (p + c) + [False] * r for p, c, r in (pair.lengths for pair in pairs)]
     token = torch.tensor(list(itertools.chain(*runs)))
     row = batch.response % 2 == 0
+    lengths = [n for n, _ in batch.segments.lengths[0::2]]  # queries and keys are the same tokens
     return batch._replace(
-        q_lens=batch.q_lens[0::2],
-        k_lens=batch.k_lens[0::2],
-        key_index=torch.arange(int(token.sum())),
+        segments=Segments.of(lengths, lengths),
         tokens=batch.tokens[token],
         positions=batch.positions[token],
         predict=(token.cumsum(0) - 1)[batch.predict[row]],
@@ -84,8 +83,7 @@ def pack(pairs: list[Pair], chosen_only: bool = False) -> Batch:
 
 def logps(model: Transformer, batch: Batch) -> Logps:
     """The log-probabilities of a micro-batch's responses, by the plain path of autograd."""
-    segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index)
-    hidden = model.hidden_states(batch.tokens, batch.positions, segments)  # (N, D)
+    hidden = model.hidden_states(batch.tokens, batch.positions, batch.segments)  # (N, D)
     hidden, lm_head = model.projection(hidden.index_select(0, batch.predict))  # (P, D), (V, D)
     tokens = torch.log_softmax(hidden @ lm_head.t(), -1).gather(1, batch.targets[:, None])  # (P, 1)
     sums = torch.zeros(len(batch.response_lengths)).index_add(0, batch.response, tokens.squeeze(1))

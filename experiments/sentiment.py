@@ -45,11 +45,12 @@ from torch import Tensor
 import data
 import train
 from data import Pair
-from experiments.evidence import PUBLISHED, about_machine, kept, pool
+from experiments.evidence import PUBLISHED, kept, pool
 from experiments.methods import Method, fit, logps_of
 from experiments.sentiment_report import write_report
 from model import Transformer
 from run.processes import keep_freed_memory
+from tools.report import about_machine
 
 OPENING, CONTINUATION = 24, 48  # tokens
 HAPPY, SAD = "\nThey were very happy.", "\nThey were very sad."

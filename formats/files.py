@@ -9,12 +9,26 @@ import os
 from pathlib import Path
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises FileNotFoundError or ValueError with the path."""
+class NotWritten(OSError):
+    """A file or a folder that was not written. advice: what its reader can do about it."""
+
+    def __init__(self, path, reason, advice: str = ""):
+        super().__init__(f"{path}: not written: {reason}" + (f"; {advice}" if advice else ""))
+        self.path, self.reason = path, reason
+
+
+def reason_of(error: OSError) -> str:
+    """Why, without the path: whoever raises it again names another one."""
+    return error.reason if isinstance(error, NotWritten) else error.strerror or str(error)
+
+
+def read_json(path: Path, wanted: str = "a Hugging Face model folder has one") -> dict:
+    """A JSON object from a file. Raises FileNotFoundError, which says what is wanted, or ValueError
+    with the path."""
     if path.parent.is_file():
         raise ValueError(f"{path.parent}: is a file; the folder of a Hugging Face model is wanted")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a Hugging Face model folder has one")
+        raise FileNotFoundError(f"{path}: no such file; {wanted}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -28,13 +42,13 @@ def read_json(path: Path) -> dict:
 def whole_file(path):
     """Yields a temporary file's path, which becomes `path` when it is written, and else is removed.
 
-    Raises OSError that names `path`.
+    Raises NotWritten.
     """
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path}: not written: {error.strerror or error}") from None
+        raise NotWritten(path, reason_of(error)) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -25,8 +25,12 @@ class Preference(NamedTuple):
     rejected: str | list[dict]
     accept: list[str] | None  # answers that count as right, where they can be listed
     where: str  # FILE:LINE
-    form: str = ""  # how the row was written, in words
     ignored: tuple[str, ...] = ()  # keys whose values are not used and stand nowhere else
+    guessed: bool = False  # no key held the prompt: it is how both answers begin
+
+    @property
+    def file(self) -> str:
+        return self.where.rpartition(":")[0]
 
 
 def load_preferences(path) -> list[Preference]:
@@ -88,17 +92,15 @@ def preference(row, where: str) -> Preference:
     if not isinstance(accept, list | None) or not all(isinstance(x, str) for x in accept or ()):
         raise ValueError("accept must be a list of strings")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        form = f"strings: {name}, chosen, rejected"
-        if prompt is None:
-            prompt, form = _common_text(chosen, rejected), "strings with a common beginning"
+        if guessed := prompt is None:
+            prompt = _common_text(chosen, rejected)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         ignored = _ignored(row, [prompt, chosen, rejected])
-        return Preference(prompt, chosen, rejected, accept, where, form, ignored)
+        return Preference(prompt, chosen, rejected, accept, where, ignored, guessed)
 
     for key in (name, "chosen", "rejected"):
         if not (key == name and isinstance(prompt, str | None)):
             _check_messages(key, row[key])
-    form = f"messages: {name}, chosen, rejected"
     if not isinstance(prompt, list):  # whole dialogues; UltraFeedback repeats a string beside them
         if prompt and len(chosen) == len(rejected) == 1:
             raise ValueError(
@@ -106,17 +108,17 @@ def preference(row, where: str) -> Preference:
                 "make it a list of messages too (tools/prepare.py does)"
             )
         same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
-        prompt, form = chosen[: [*same, False].index(False)], "dialogues with a common beginning"
+        prompt = chosen[: [*same, False].index(False)]
     answers = []
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         answer = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
         if not prompt or len(answer) != 1 or answer[0]["role"] != "assistant":
             roles = [m["role"] for m in messages]
-            wanted = "the prompt's messages and one assistant message more, or that message alone"
+            wanted = "the prompt's messages and one assistant message more, or only that message"
             raise ValueError(f"{key} must be {wanted}; it is {roles} after {len(prompt)} messages")
         answers.append(answer)
     used = [prompt, chosen, rejected, *(m["content"] for m in prompt + chosen + rejected)]
-    return Preference(prompt, *answers, accept, where, form, _ignored(row, used))
+    return Preference(prompt, *answers, accept, where, _ignored(row, used))
 
 
 def _ignored(row: dict, used: list) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def _check_messages(key: str, messages):
 
 
 def _common_text(a: str, b: str) -> str:
-    """The common beginning of two texts, back to a word's end, so that both go on with a space."""
+    """The common beginning of two texts, up to a space in both of them."""
     n = len(os.path.commonprefix([a, b]))
     while n and not (a[n : n + 1].isspace() and b[n : n + 1].isspace()):
         n -= 1
@@ -151,6 +153,9 @@ def warnings_of(rows: list[Preference]) -> list[str]:
         keys = [f"{key} ({n} rows)" for key, n in ignored.most_common(20)]
         more = f" and {len(ignored) - 20} others" if len(ignored) > 20 else ""
         warnings.append(f"ignored columns: {', '.join(keys)}{more}")
+    if guessed := [row for row in rows if row.guessed]:
+        text = f"{len(guessed)} of {len(rows)} rows name no prompt, as {guessed[0].where}:"
+        warnings.append(f"{text} what chosen and rejected begin with is taken for it")
     if not any(row.prompt for row in rows):
         warnings.append("warning: all prompts are empty")
     # The last character of the prompt and the first of the answer. Not all scripts have spaces.

@@ -118,7 +118,7 @@ class Tokenizer:
     token as elsewhere.
     """
 
-    dummy_space_always = False  # also behind special tokens, not only at the start of a text
+    dummy_space_always = False  # also after special tokens, not only at the start of a text
     unsupported_flags = "single_word", "lstrip", "rstrip"  # of added tokens
 
     def __init__(self, file: Path, config: dict, vocab: dict, added: list[dict], defaults: dict):
@@ -162,7 +162,7 @@ class Tokenizer:
     def encode(self, text: str, bos=False, eos=False, continuation=False) -> list[int]:
         """Token ids. The text of a special token becomes its id, as in transformers.
 
-        continuation: the text goes on where another one ends, so it gets no dummy space. bos and
+        continuation: the text continues another one, so it gets no dummy space. bos and
         eos have no effect where the tokenizer has no such token.
         """
         ids = [self.bos_id] if bos and self.bos_id is not None else []
@@ -204,7 +204,7 @@ class Tokenizer:
         if template == read_chat_template(folder, config):
             return
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        if named := config.get("chat_template"):  # which readers that are older look for alone
+        if named := config.get("chat_template"):  # the only place where older readers look
             if isinstance(named, list):
                 others = [t for t in named if t["name"] != "default"]
                 named = [*others, {"name": "default", "template": template}]
@@ -214,7 +214,7 @@ class Tokenizer:
             (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def turn_end(self) -> str:
-        """What the chat template puts behind an answer: EOS, or for instance <|im_end|>; "" where
+        """What the chat template puts after an answer: EOS, or for instance <|im_end|>; "" where
         the template refuses a simple dialogue."""
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}
         try:
@@ -269,8 +269,8 @@ class SentencePieceTokenizer(Tokenizer):
         return start + self.word_ids.of(words)
 
     def _splits(self, vocab: dict) -> bool:
-        """Whether each word may be encoded alone, and so once: no piece reaches over the space or
-        the newline in front of a word, and neither does anything else that the library does."""
+        """Whether words may be encoded one by one, and so each once: no piece reaches over the
+        space or newline in front of a word, and neither does anything else in the library."""
         if self.strips_spaces or "<0x0A>" not in vocab:  # runs of unknown characters are joined
             return False
         ids = range(self.sp.vocab_size())
@@ -403,7 +403,7 @@ class BPETokenizer(Tokenizer):
                 _refuse(file, "normalizer and pre_tokenizer", [normalizer, pre_tokenizer, asked])
         if not self.byte_level:
             # A whole text is one word. But where no merge reaches over a space, splitting in front
-            # of spaces changes nothing, and words that come again can be cached.
+            # of spaces changes nothing, and words that occur again can be cached.
             inside = any("▁" in (a + b).lstrip("▁") for a, b in self.ranks)
             whole_text = self.ignore_merges or inside
             self.words = re.compile("(?s:.+)" if whole_text else "▁*[^▁]+|▁+").findall

@@ -195,7 +195,7 @@ def read_safetensors(path: Path):
             tensor = raw.view(dtype).view(shape)
         yield name, tensor
         page = begin - begin % mmap.PAGESIZE
-        if n_bytes and sys.platform == "linux":  # which alone knows the advice
+        if n_bytes and sys.platform == "linux":  # only Linux knows the advice
             mapped.madvise(mmap.MADV_DONTNEED, page, begin + n_bytes - page)
 
 
@@ -231,7 +231,7 @@ def _unique_keys(pairs):
 
 
 def write_safetensors(path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None):
-    """Writes a temporary file, then renames it. The bytes depend on the tensors alone, not on time
+    """Writes a temporary file, then renames it. The bytes depend only on the tensors, not on time
     or place. dtype: each tensor is cast to it as it is written."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():

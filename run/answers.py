@@ -1,4 +1,7 @@
-"""Answers."""
+"""The model's own answers: to show, and to count how many are right.
+
+Here and not in train.py, because whoever talks to a model (tools/sample.py) does not train it.
+"""
 
 import math
 
@@ -12,7 +15,7 @@ from run.processes import reshard
 def answers(
     model, tokenizer, prompts, max_new: int, batch_tokens=8192, progress=iter, **sampling
 ) -> list[str]:
-    """The model's answer to each prompt (token ids), as text, empty if that fills the context.
+    """The model's answer to each prompt (token ids), as text; "" where that fills the context.
 
     Prompts of like lengths go together while they and their longest answers have batch_tokens
     tokens. Sampled answers depend on their neighbours: see Transformer.generate.

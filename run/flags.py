@@ -1,14 +1,21 @@
-"""Flags."""
+"""The flags of train.py: what they are, what they may be, and which of them a run keeps.
+
+A field of TrainConfig is a flag, and a key of the JSON file that --config takes. Flags win over
+that file, and the file over the defaults. What is unknown, of a wrong type or out of range is
+refused in one sentence. By hand over argparse, because one definition serves the flags, the JSON
+file, --help and what --resume compares.
+"""
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+
+from formats.files import read_json
 
 
 def flag(group: str, default, help: str, choices=None, least=None, below=math.inf, **more):
@@ -21,16 +28,11 @@ def flag(group: str, default, help: str, choices=None, least=None, below=math.in
 
 
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
 PATHS = ("model", "data", "eval_data", "chat_template", "out")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 IO, OBJECTIVE, OPTIMIZER = "input and output", "objective", "optimizer"
-SFT_LOSS_HELP = "tokens under L_SFT: those of the chosen response, or of the prompt too"
-BATCH_SIZE_HELP = "pairs in a step, over all processes together"
-MICRO_BATCH_HELP = "tokens at a time in each process; the result does not depend on it"
-RECOMPUTE_HELP = "blocks that each process computes twice, to save memory; without a number: all"
-LENGTH_HELP = "tokens of prompt and response; longer responses are cut"
-EVAL_EVERY_HELP = "steps between evaluations, for OUT/best too; 0: only before and after"
-DTYPE_HELP = "dtype of matrix products (default: bfloat16 on cuda, float32 on cpu)"
+LENGTH, MEMORY, RUN = "length", "memory", "run"
 
 
 @dataclass
@@ -41,8 +43,15 @@ class TrainConfig:
     eval_fraction: float = flag(IO, 0.0, "share of --data's prompts to hold out", least=0, below=1)
     chat_template: str = flag(IO, None, "Jinja file to use instead of the model's chat template")
     out: str = flag(IO, None, "folder for the metrics, the checkpoints and the trained model")
+    overwrite: bool = flag(IO, False, "replace an earlier run in --out")
     lam: float = flag(OBJECTIVE, 0.1, "weight of L_OR; TRL calls it beta", least=0)
-    sft_loss: str = flag(OBJECTIVE, "response", SFT_LOSS_HELP, ("response", "full"), trl="full")
+    sft_loss: str = flag(
+        OBJECTIVE,
+        "response",
+        "tokens under L_SFT: those of the chosen response, or of the prompt too",
+        choices=("response", "full"),
+        trl="full",
+    )
     lr: float = flag(OPTIMIZER, 8e-6, "peak learning rate of AdamW", least=0, trl=1e-6)
     lr_schedule: str = flag(OPTIMIZER, "cosine", "shape after the warm-up", SCHEDULES, trl="linear")
     warmup_steps: int = flag(OPTIMIZER, 10, "steps up to the peak learning rate", least=0, trl=0)
@@ -50,33 +59,59 @@ class TrainConfig:
     grad_clip: float = flag(OPTIMIZER, 1.0, "largest gradient norm; 0 disables clipping", least=0)
     adam_beta1: float = flag(OPTIMIZER, 0.9, "decay of the first moment", least=0, below=1)
     adam_beta2: float = flag(OPTIMIZER, 0.999, "decay of the second moment", least=0, below=1)
-    epochs: int = flag("length", 1, "passes over the training pairs", least=1, trl=3)
-    max_steps: int = flag("length", None, "number of updates; replaces --epochs", least=1)
-    batch_size: int = flag("length", 32, BATCH_SIZE_HELP, least=1, trl="8 in each process")
-    micro_batch_tokens: int = flag("memory", 8192, MICRO_BATCH_HELP, least=1)
-    shard: bool = flag("memory", False, "divide weights and optimizer state over all processes")
-    activation_checkpointing: int = flag("memory", False, RECOMPUTE_HELP, least=0, bare=True)
-    lora_rank: int = flag("memory", 0, "rank of LoRA adapters; 0 trains the whole model", least=0)
-    lora_alpha: float = flag("memory", 16.0, "adapters are scaled by alpha / rank", least=1e-3)
-    lora_adapters: bool = flag("memory", False, "also write OUT/adapters, which peft loads")
-    max_length: int = flag("memory", 2048, LENGTH_HELP, least=2, trl=1024)
-    max_prompt_length: int = flag("memory", 1792, "pairs with longer prompts are dropped", least=1)
-    seed: int = flag("run", 42, "seed of the order of pairs and of sampling", least=0, below=2**63)
-    device: str = flag("run", None, "cpu, cuda or cuda:N (default: cuda if there is one)")
-    dtype: str = flag("run", None, DTYPE_HELP, ("float32", "bfloat16"))
-    compile: bool = flag("run", False, "compile the blocks with torch.compile, which takes minutes")
-    log_every: int = flag("run", 1, "steps between rows of OUT/metrics.jsonl", least=1)
-    eval_every: int = flag("run", 0, EVAL_EVERY_HELP, least=0)
-    save_every: int = flag("run", 500, "steps between checkpoints, the last too; 0: none", least=0)
-    keep: int = flag("run", 2, "number of checkpoints that are kept, the newest", least=1)
-    resume: bool = flag("run", False, "continue the run in --out from its newest checkpoint")
-    eval_only: bool = flag("run", False, "evaluate --model and print one JSON object")
-    dry_run: bool = flag("run", False, "print the plan, try the largest micro-batch, and stop")
+    epochs: int = flag(LENGTH, 1, "passes over the training pairs", least=1, trl=3)
+    max_steps: int = flag(LENGTH, None, "number of updates; replaces --epochs", least=1)
+    batch_size: int = flag(
+        LENGTH,
+        32,
+        "pairs in a step, over all processes together",
+        least=1,
+        trl="8 in each process",
+    )
+    micro_batch_tokens: int = flag(
+        MEMORY,
+        8192,
+        "tokens at a time in each process; the result does not depend on it",
+        least=1,
+    )
+    shard: bool = flag(MEMORY, False, "divide weights and optimizer state over all processes")
+    activation_checkpointing: int = flag(
+        MEMORY,
+        False,
+        "blocks that each process computes twice, to save memory; without a number: all",
+        least=0,
+        bare=True,
+    )
+    lora_rank: int = flag(MEMORY, 0, "rank of LoRA adapters; 0 trains the whole model", least=0)
+    lora_alpha: float = flag(MEMORY, 16.0, "adapters are scaled by alpha / rank", least=1e-3)
+    lora_adapters: bool = flag(MEMORY, False, "also write OUT/adapters, which peft loads")
+    max_length: int = flag(
+        MEMORY, 2048, "tokens of prompt and response; longer responses are cut", least=2, trl=1024
+    )
+    max_prompt_length: int = flag(MEMORY, 1792, "pairs with longer prompts are dropped", least=1)
+    seed: int = flag(RUN, 42, "seed of the order of pairs and of sampling", least=0, below=2**63)
+    device: str = flag(RUN, None, "cpu, cuda or cuda:N (default: cuda if there is one)")
+    dtype: str = flag(
+        RUN,
+        None,
+        "dtype of matrix products (default: bfloat16 on cuda, float32 on cpu)",
+        choices=("float32", "bfloat16"),
+    )
+    compile: bool = flag(RUN, False, "compile the blocks with torch.compile, which takes minutes")
+    log_every: int = flag(RUN, 1, "steps between rows of OUT/metrics.jsonl", least=1)
+    eval_every: int = flag(
+        RUN, 0, "steps between evaluations, for OUT/best too; 0: only before and after", least=0
+    )
+    save_every: int = flag(RUN, 500, "steps between checkpoints, the last too; 0: none", least=0)
+    keep: int = flag(RUN, 2, "number of checkpoints that are kept, the newest", least=1)
+    resume: bool = flag(RUN, False, "continue the run in --out from its newest checkpoint")
+    eval_only: bool = flag(RUN, False, "evaluate --model and print one JSON object")
+    dry_run: bool = flag(RUN, False, "print the plan, try the largest micro-batch, and stop")
 
     def check(self, source: str = ""):
         """Raises ValueError with the first flag whose value is of the wrong type or range."""
         for f in dataclasses.fields(self):
-            value, name = getattr(self, f.name), source + "--" + f.name.replace("_", "-")
+            value, name = getattr(self, f.name), f"{source}--{dashed(f.name)}"
             if value is None:
                 continue
             wanted = (int, float) if f.type is float else f.type
@@ -98,51 +133,78 @@ class TrainConfig:
         if self.dry_run and self.eval_only:
             raise ValueError(f"{source}--dry-run plans a training run, and --eval-only is none")
 
+    def check_together(self):
+        """Raises ValueError where a flag is missing that the others ask for, or two contradict."""
+        if self.eval_only:
+            needed = ["model", "data" if self.eval_fraction else "eval_data"]
+        else:
+            needed = ["model", "data"] if self.dry_run else ["model", "data", "out"]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"--{dashed(name)} is needed (see python train.py --help)")
+        if self.eval_fraction and self.eval_data:
+            raise ValueError("--eval-fraction and --eval-data do not go together: give one of them")
+        if self.eval_every and not (self.eval_data or self.eval_fraction):
+            raise ValueError(
+                "--eval-every needs evaluation data: add --eval-data or --eval-fraction"
+            )
 
-FREE_ON_RESUME = (
-    *("eval_only", "device", "keep", "shard", "micro_batch_tokens", "activation_checkpointing"),
-    *("compile", "log_every", "eval_every", "save_every", "lora_adapters"),
-)
-LENGTHS = ("epochs", "max_steps")
-ENDLESS = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
-BUILTIN = Path(__file__).parents[1] / "examples" / "facts" / "train.json"
-BUILTIN_OUT = Path("out") / "builtin"
 
-
-def is_builtin(config: TrainConfig) -> bool:
-    """The built-in job owns its folder, and replaces what it left there."""
-    base = BUILTIN.parent / "base"
-    return Path(config.out) == BUILTIN_OUT and Path(config.model).resolve() == base.resolve()
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def settings_of(config: TrainConfig) -> dict:
-    """The flags as --config takes them from any folder, on any machine: less --out, --resume and
-    --device."""
+    """The flags as --config takes them from any folder, on any machine: all except those that say
+    where this start of the run writes and computes."""
     settings = dataclasses.asdict(config) | {
         name: str(Path(path).resolve()) for name in PATHS if (path := getattr(config, name))
     }
-    left_out = ("out", "resume", "device")
+    left_out = ("out", "overwrite", "resume", "device")
     return {name: value for name, value in settings.items() if name not in left_out}
 
 
-COMMANDS = """commands:
-  one GPU, or the CPU:
-    python train.py --model DIR --data FILE --eval-data FILE --out OUT
-  the same run again after an interruption, on any number of GPUs:
-    python train.py ... --resume
-  the eight GPUs of one machine, each of which keeps an eighth of the model:
-    torchrun --nproc-per-node 8 train.py ... --shard
-  two machines of eight GPUs that share a file system; on both, HOST being the name of the first:
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-      train.py ... --shard
-  the evaluation of a finished run, as one JSON object:
-    python train.py --config OUT/config.json --model OUT/model --eval-only"""
-# Flags of TRL, transformers and the authors' repository, by ours that do the same.
+# ---------------------------------------------------------------------------------------------
+# Resuming.
+
+LENGTHS = ("epochs", "max_steps")
+FREE_ON_RESUME = (
+    *("eval_only", "keep", "shard", "micro_batch_tokens", "activation_checkpointing", "compile"),
+    *("log_every", "eval_every", "save_every", "lora_adapters"),
+)
+
+
+def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
+    """Raises ValueError with the first flag that is not what it was, and may not change."""
+    endless = config.lr_schedule in ENDLESS
+    for name, now in settings_of(config).items():
+        before = then.get(name, getattr(TrainConfig, name))
+        if name in PATHS and before:
+            before = str(Path(before).resolve())
+        if now == before or name in FREE_ON_RESUME or (name in LENGTHS and endless):
+            continue
+        advice = ""
+        if name in LENGTHS:
+            advice = (
+                f"; the {config.lr_schedule} schedule ends with its last step, so train longer by "
+                "a new run with this run's model folder as --model"
+            )
+        raise ValueError(f"--resume: {name} was {before!r} in {where}, now {now!r}{advice}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line.
+
+BUILTIN = Path(__file__).parents[1] / "examples" / "facts" / "train.json"
+
+# Flags of TRL, transformers and the authors' repository, by ours that do the same. The table of
+# docs/trl.md is this one; a test holds the two together.
 ELSEWHERE = {
     "model": "model-name-or-path model-name",
     "data": "dataset-name dataset train-file",
     "eval-data": "eval-file validation-file",
-    "out": "output-dir overwrite-output-dir",
+    "out": "output-dir",
+    "overwrite": "overwrite-output-dir",
     "lam": "beta alpha lambda",
     "lr": "learning-rate",
     "lr-schedule": "lr-scheduler-type",
@@ -154,7 +216,8 @@ ELSEWHERE = {
     "shard": "fsdp deepspeed",
     "activation-checkpointing": "gradient-checkpointing",
     "lora-rank": "lora-r use-peft",
-    "max-length": "max-seq-length",
+    "max-length": "max-seq-length response-max-length",
+    "max-prompt-length": "prompt-max-length",
     "dtype": "bf16 fp16 torch-dtype",
     "compile": "torch-compile",
     "log-every": "logging-steps",
@@ -168,10 +231,10 @@ ELSEWHERE = {
 
 def did_you_mean(names: list[str]) -> str:
     """For flags that are unknown here: those of ours that are meant, with their help, or ""."""
-    ours = {f.name.replace("_", "-"): f.metadata["help"] for f in dataclasses.fields(TrainConfig)}
+    ours = {dashed(f.name): f.metadata["help"] for f in dataclasses.fields(TrainConfig)}
     elsewhere = {theirs: name for name in ELSEWHERE for theirs in ELSEWHERE[name].split()}
     meant = []
-    for name in (name.strip("-").replace("_", "-") for name in names):
+    for name in (dashed(name.strip("-")) for name in names):
         close = get_close_matches(name, [*ours, *elsewhere], 1)
         meant += [elsewhere.get(name, name) for name in ([name] if name in elsewhere else close)]
     meant = [f"--{name} ({ours[name].split(' (')[0]})" for name in dict.fromkeys(meant)]
@@ -190,13 +253,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=100)
 
 
-def parse(argv: list[str] | None) -> TrainConfig:
-    """Flags over --config over defaults. Raises ValueError, FileNotFoundError."""
+def make_parser(about: str) -> Parser:
     parser = Parser(
         prog="train.py",
         usage="python train.py [--model DIR --data FILE --out DIR] [--config FILE] [flags]",
-        description="Align a base model with ORPO. Without --model and --data: the built-in job.",
-        epilog=COMMANDS,
+        description=about,
         formatter_class=Help,
         allow_abbrev=False,
     )
@@ -216,52 +277,36 @@ def parse(argv: list[str] | None) -> TrainConfig:
             options["metavar"] = None if choices else kind
             if bare is not None:
                 options |= {"nargs": "?", "const": bare}
-        groups[group].add_argument("--" + f.name.replace("_", "-"), **options)
-    groups["input and output"].add_argument(
+        groups[group].add_argument(f"--{dashed(f.name)}", **options)
+    groups[IO].add_argument(
         "--config", metavar="PATH", help="JSON file of flags; its paths are relative to its folder"
     )
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse(argv: list[str] | None, about: str = "") -> TrainConfig:
+    """Flags over --config over defaults. about: what --help says first. Raises ValueError,
+    FileNotFoundError."""
+    given = vars(make_parser(about).parse_args(argv))
     config_file = given.pop("config")
     if config_file is None and not {"model", "data"} & set(given):
         config_file = BUILTIN
-    settings = {}
-    if config_file is not None:
-        file = Path(config_file)
-        settings = read_config(file)
-        if file.resolve() == BUILTIN.resolve():
-            settings.setdefault("out", str(BUILTIN_OUT))
+    settings = {} if config_file is None else read_config(Path(config_file))
+    if "out" in given:  # the file's `overwrite` is about the folder that it names itself
+        settings.pop("overwrite", None)
     config = TrainConfig(**(settings | given))
     config.check()
-    evaluates = config.eval_data or config.eval_fraction
-    needed = ["model", "data"]
-    if config.eval_only:
-        needed = ["model", "data" if config.eval_fraction else "eval_data"]
-    elif not config.dry_run:
-        needed.append("out")
-    for name in needed:
-        if getattr(config, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')} is needed (see python train.py --help)")
-    if config.eval_fraction and config.eval_data:
-        raise ValueError("--eval-fraction and --eval-data do not go together: give one of them")
-    if config.eval_every and not evaluates:
-        raise ValueError("--eval-every needs evaluation data: add --eval-data or --eval-fraction")
+    config.check_together()
     return config
 
 
 def read_config(file: Path) -> dict:
     """A JSON object of flag names, its paths made relative to the current folder."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; --config takes a JSON file of flags")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+    settings = read_json(file, "--config takes a JSON file of flags")
     names = [f.name for f in dataclasses.fields(TrainConfig)]
-    unknown = set(settings) - set(names) if isinstance(settings, dict) else {"(not an object)"}
-    if unknown:
-        found, known = ", ".join(sorted(unknown)), ", ".join(names)
-        meant = did_you_mean(sorted(unknown))
-        raise ValueError(f"{file}: unknown: {found}{meant or f'; known: {known}'}")
+    if unknown := sorted(set(settings) - set(names)):
+        meant = did_you_mean(unknown) or f"; known: {', '.join(names)}"
+        raise ValueError(f"{file}: unknown: {', '.join(unknown)}{meant}")
     for name in PATHS:
         if isinstance(settings.get(name), str):
             settings[name] = os.path.relpath(file.parent / settings[name])

@@ -1,4 +1,13 @@
-"""Folder."""
+"""The folder of a run, OUT: who may write to it, its rows, what of it is whole, what is finished.
+
+OUT/metrics.jsonl     a row for each step and each evaluation
+OUT/config.json       the settings, as --config takes them
+OUT/checkpoints/      step-N: the whole training state (run/saving.py)
+OUT/model, OUT/best   Hugging Face folders
+OUT/adapters          with --lora-adapters, in peft's form
+OUT/finished          the last step, written after everything else
+OUT/.lock             while a process works in it
+"""
 
 import contextlib
 import fcntl
@@ -7,8 +16,8 @@ import os
 import shutil
 from pathlib import Path
 
-from formats.files import whole_file
-from run.flags import ENDLESS, FREE_ON_RESUME, LENGTHS, PATHS, TrainConfig, is_builtin, settings_of
+from formats.files import NotWritten, reason_of, whole_file
+from run.flags import LENGTHS, TrainConfig, refuse_other_settings, settings_of
 from run.processes import barrier, rank
 
 
@@ -16,7 +25,7 @@ from run.processes import barrier, rank
 def replaced(folder: Path):
     """Yields an empty folder to write to, which takes the place of `folder` when all went well.
 
-    Whatever happens, `folder` is never half written. Raises OSError with its name and the reason.
+    Whatever happens, `folder` is never half written. Raises NotWritten.
     """
     tidy(folder)
     new, old = _beside(folder)
@@ -27,15 +36,14 @@ def replaced(folder: Path):
             os.replace(folder, old)
         os.replace(new, folder)
     except OSError as error:
-        # Of whole_file's own sentence only the reason: its path is that of the folder beside.
-        reason = error.strerror or str(error).rpartition("not written: ")[2]
-        raise OSError(f"{folder}: not written: {reason}") from None
+        # Only the reason: a path that it names is that of the folder beside.
+        raise NotWritten(folder, reason_of(error)) from None
     finally:
         tidy(folder)
 
 
 def tidy(folder: Path):
-    """Clears up behind `replaced`, also where its process was killed."""
+    """Clears up after `replaced`, also where its process was killed."""
     new, old = _beside(folder)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
@@ -48,13 +56,14 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 
 LOCK = ".lock"
+FINISHED = "finished"  # a file with the last step
 
 
 @contextlib.contextmanager
 def locked(out: Path):
     """Makes the folder; within it no other process can have it, on this machine or, where the file
     system can tell, on another. The lock is the kernel's: it ends with the process, however that
-    ends. What was made for it alone is removed again. Raises ValueError."""
+    ends. Folders that were made for it and stay empty are removed. Raises ValueError."""
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / LOCK, "w") as f:
@@ -83,7 +92,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def claim_folder(config: TrainConfig):
-    """--out as a path, for this run alone: no file, no other run's folder, no other process in it.
+    """--out as a path that only this run has: no file, no other run's folder, no other process.
 
     Raises ValueError.
     """
@@ -97,8 +106,9 @@ def claim_folder(config: TrainConfig):
         if (out / name).resolve() == Path(config.model).resolve():
             raise ValueError(f"--out {out}: its {name}/ would replace --model; name another folder")
     with locked(out) if rank() == 0 else contextlib.nullcontext():
-        if holds_run(out) and not config.resume and not is_builtin(config):
-            raise ValueError(f"--out {out}: holds a run; add --resume, or name another folder")
+        if holds_run(out) and not (config.resume or config.overwrite):
+            problem = "holds a run; add --resume or --overwrite, or name another folder"
+            raise ValueError(f"--out {out}: {problem}")
         yield out
 
 
@@ -111,15 +121,17 @@ def holds_run(out: Path) -> bool:
 
 
 def begin_folder(out: Path, start: int, config: TrainConfig):
-    """Removes what a run of the built-in job left, and rows behind the step that a run goes on
-    from; writes the settings, as --config takes them to do the same again from any folder."""
+    """Removes what --overwrite replaces, and the rows after the step from which a run is resumed;
+    writes the settings, as --config takes them to do the same again from any folder."""
     barrier()  # every process has looked into it
     if rank() > 0:
         return
-    if start == 0 and is_builtin(config) and not config.resume:
-        for old in out.iterdir():
-            if old.name != LOCK:
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    if config.overwrite and not config.resume and holds_run(out):
+        for name in ("metrics.jsonl", "config.json", FINISHED):
+            (out / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "model", "best", "adapters"):
+            if (out / name).exists():
+                shutil.rmtree(out / name)
     for name in ("model", "best", "adapters"):
         tidy(out / name)
     if start == 0 and read_best(out):  # of an evaluation whose row is cut
@@ -134,7 +146,7 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
 
 
 def write_row(out: Path | None, row: dict):
-    """One JSON object a line, flushed at once. Raises OSError."""
+    """One JSON object a line, flushed at once. Raises NotWritten."""
     if out is not None and rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         file = out / "metrics.jsonl"
@@ -142,13 +154,12 @@ def write_row(out: Path | None, row: dict):
             with open(file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise OSError(
-                f"{file}: not written: {error.strerror}; fix this, then continue with --resume"
-            ) from None
+            advice = "fix this, then continue with --resume"
+            raise NotWritten(file, error.strerror, advice) from None
 
 
 def read_rows(out: Path) -> list[dict]:
-    """The rows of metrics.jsonl, less a last one that was half written."""
+    """The rows of metrics.jsonl, without a last one that was half written."""
     file, rows = out / "metrics.jsonl", []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
@@ -183,27 +194,6 @@ def print_changes(out: Path, n_steps: int):
             if name != "step":
                 before, after = evaluations[0][name], evaluations[n_steps][name]
                 print(f"{name:<28}{before:>10.4f}{after:>10.4f}")
-
-
-FINISHED = "finished"  # a file with the last step, written when all else is
-
-
-def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
-    """Raises ValueError with the first flag that is not what it was, and may not change."""
-    endless = config.lr_schedule in ENDLESS
-    for name, now in settings_of(config).items():
-        before = then.get(name, getattr(TrainConfig, name))
-        if name in PATHS and before:
-            before = str(Path(before).resolve())
-        if now == before or name in FREE_ON_RESUME or (name in LENGTHS and endless):
-            continue
-        advice = ""
-        if name in LENGTHS:
-            advice = (
-                f"; the {config.lr_schedule} schedule ends with its last step, so train longer by "
-                "a new run with this run's model folder as --model"
-            )
-        raise ValueError(f"--resume: {name} was {before!r} in {where}, now {now!r}{advice}")
 
 
 def settings_before(out: Path) -> tuple[dict, Path] | None:

@@ -1,7 +1,12 @@
-"""Log."""
+"""The log: rows of metrics.jsonl, and what is seen of them while a run is going.
+
+The numbers of a step are copied to the host while the device computes the next step, and only then
+read, so that nobody waits for anybody.
+"""
 
 import contextlib
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,7 +16,7 @@ from data import Pair
 from model import Transformer, trainable
 from run.flags import TrainConfig
 from run.folder import write_row
-from run.plan import Plan, duration, peak_flops, peak_memory_gb, step_flops
+from run.plan import Plan, peak_flops, peak_memory_gb, step_flops
 from run.processes import rank, world_size
 
 
@@ -27,18 +32,20 @@ class HostCopy:
 
     def read(self) -> dict[str, float]:
         if self.arrived is not None:
-            self.arrived.synchronize()  # waits for this copy, and not for the step behind it
+            self.arrived.synchronize()  # waits for this copy, and not for the step after it
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 class NotFinite(Exception):
+    """Loss or gradient of this step was not finite, so there was no update."""
+
     def __init__(self, step: int):
         self.step = step
 
 
 class Log:
-    """metrics.jsonl, and what is seen of it while a run goes on: a progress bar, or where there is
-    no terminal a line every half minute."""
+    """Writes a row for each step and each evaluation, and shows a progress bar; where there is no
+    terminal, a line every half minute."""
 
     def __init__(self, out: Path, model: Transformer, start: int, plan: Plan, config: TrainConfig):
         self.out, self.model, self.config = out, model, config
@@ -89,7 +96,8 @@ class Log:
         if self.peak:
             text += f" MFU {row['mfu']:.0%}"
         self.bar.set_postfix_str(text)
-        left = duration((now - self.begin) / (step - self.start) * (self.n_steps - step))
+        seconds = (now - self.begin) / (step - self.start) * (self.n_steps - step)
+        left = timedelta(seconds=round(seconds))
         if self.bar.disable and now - self.printed > 30:
             self.printed = now
             print(f"step {step} of {self.n_steps}: {text}; {left} left", flush=True)

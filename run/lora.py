@@ -1,4 +1,8 @@
-"""LoRA."""
+"""LoRA adapters (Hu et al., arXiv 2106.09685): added to a model, merged into it, written for peft.
+
+By hand and not by peft, which needs transformers' models: a projection with an adapter is a line
+more. model.py knows nothing of them.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +19,7 @@ from model import Linear, Transformer
 class LoRALinear(Linear):
     """W x + (alpha / rank) B A x: W is frozen, A (rank, in) and B (out, rank) are trained.
 
-    B is zero at the start, so that nothing changes yet (Hu et al., arXiv 2106.09685).
+    B is zero at the start, so that nothing changes yet.
     """
 
     def __init__(self, base: Linear, rank: int, alpha: float, generator: torch.Generator):
@@ -44,6 +48,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, seed: int = 0):
 
 
 def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
+    """By their names; empty where the model has no adapters."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 

@@ -1,4 +1,9 @@
-"""Processes."""
+"""Processes and devices: torchrun's processes, what they add up, the CPU or GPU that each has.
+
+Every process does the same with its own share of a step's pairs (data.micro_batches), and what they
+find adds up: the sums of all processes are the sums of the step. Plain collectives, and FSDP2 for
+--shard; no wrapper around the model hides anything.
+"""
 
 import contextlib
 import ctypes
@@ -22,7 +27,7 @@ def rank() -> int:
 
 
 def barrier():
-    """No process goes on before all have come here."""
+    """No process continues before all have come here."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(()))  # on the CPU, by gloo: no GPU is waited for
 
@@ -64,7 +69,7 @@ def shard(model: Transformer, config: TrainConfig):
 
 
 def reshard(model: Transformer):
-    """Behind a forward pass without a backward pass embedding and lm_head are still gathered."""
+    """Lets go of embedding and lm_head, which are still gathered if no backward pass follows."""
     if isinstance(model, fsdp.FSDPModule):
         model.reshard()
 

@@ -1,5 +1,12 @@
-"""Saving."""
+"""What a run saves, and restores: checkpoints, OUT/model, OUT/best, OUT/adapters.
 
+A checkpoint is a folder step-N: weights, moments and counts by torch.distributed.checkpoint, the
+settings of the run, and in model/ what a model folder has beside its weights (tools/export.py makes
+such a folder of it). It is written beside the others and then renamed, so that a folder with that
+name is complete. The order of pairs follows from the step, so no more state is needed.
+"""
+
+import hashlib
 import json
 import math
 import os
@@ -7,26 +14,55 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from data import Pair
 from formats.families import write_config
+from formats.files import NotWritten, reason_of
 from model import Transformer
-from run.flags import TrainConfig, settings_of
-from run.folder import FINISHED, checkpoints, read_best, refuse_other_settings, replaced
+from run.flags import TrainConfig, refuse_other_settings, settings_of
+from run.folder import FINISHED, checkpoints, read_best, replaced
 from run.lora import lora_layers, merge_lora, write_adapters
-from run.plan import Plan
 from run.processes import barrier, max_over_processes, rank
 
 
-def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
+class Run(NamedTuple):
+    """A run, as far as it is saved and restored."""
+
+    config: TrainConfig
+    out: Path
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    tokenizer: object
+    chat: bool  # trained on messages, by the chat template
+    n_steps: int
+    digests: dict[str, str]  # of the pairs of --data and --eval-data
+
+
+def digest(pairs: list[Pair]) -> str:
+    """The number of pairs, and a hash of their lengths and token ids, by which a run that is
+    resumed recognises them."""
+    sha256 = hashlib.sha256()
+    for pair in pairs:
+        sha256.update(np.array(pair.lengths, np.int32).tobytes())
+        for ids in pair[:3]:
+            sha256.update(np.asarray(ids, np.int32).tobytes())
+    return f"{len(pairs)} pairs, {sha256.hexdigest()[:16]}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints.
+
+
+def training_state(model: Transformer, optimizer) -> dict[str, Tensor]:
     """Weights, Adam's moments and its count, by name: the tensors themselves, to save or to fill.
 
-    The order of pairs follows from the step. What is frozen is in --model: here only as one number,
-    by which `load_checkpoint` knows it again.
+    What is frozen is in --model: here only as one number, by which `load_checkpoint` recognises it.
     """
     state = {}
     for name, p in model.named_parameters():
@@ -37,139 +73,23 @@ def training_state(model: Transformer, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_checkpoint(
-    out: Path, step: int, model, optimizer, tokenizer, pairs, plan: Plan, config: TrainConfig
-):
-    """Raises OSError, but behind the last step it only says what is wrong: the model, which is
-    smaller than a checkpoint, may still fit the disk."""
+def save_checkpoint(run: Run, step: int):
+    """Raises NotWritten. After the last step it only says what is wrong, because the model, which
+    is smaller than a checkpoint, may still fit the disk."""
 
-    def write_more(folder: Path):  # what checkpoint.py needs to make a model folder of it
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        describe_weights(folder, shapes, config.model)
+    def write_more(folder: Path):
         (folder / "model").mkdir()
-        write_model_files(folder / "model", model, tokenizer, pairs, config)
+        write_model_files(folder / "model", run)
 
-    settings = settings_of(config) | {"pairs": plan.digests}
+    settings = settings_of(run.config) | {"pairs": run.digests}
+    state = training_state(run.model, run.optimizer)
     try:
-        save_state(out, step, training_state(model, optimizer), settings, config.keep, write_more)
-    except OSError as error:
-        if step < plan.n_steps:
+        save_state(run.out, step, state, settings, run.config.keep, write_more)
+    except NotWritten as error:
+        if step < run.n_steps:
             raise
         if rank() == 0:
-            print(f"train.py: {str(error).rpartition('; ')[0]}", file=sys.stderr)
-
-
-def load_checkpoint(
-    out: Path, model: Transformer, optimizer, plan: Plan, config: TrainConfig
-) -> int:
-    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet.
-
-    Raises ValueError where it is of other flags, other pairs, another model, or a later step.
-    """
-
-    def check(settings: dict, folder: Path):
-        refuse_other_settings(config, settings, folder)
-        for name, digest in plan.digests.items():
-            if digest != settings.get("pairs", plan.digests)[name]:
-                file = getattr(config, name) or config.data
-                then, now = settings["pairs"][name], digest
-                raise ValueError(
-                    f"--resume: {file} does not give the pairs that {folder} was trained with "
-                    f"({then}; now {now}); restore the file and the tokenizer, or start a new run"
-                )
-
-    state = training_state(model, optimizer)
-    frozen = state["frozen"].clone() if "frozen" in state else None
-    folder = load_state(out, state, check)
-    if folder is None:
-        print(f"--resume: {out} has no checkpoint yet, so the run starts from its beginning")
-        return 0
-    if frozen is not None and not torch.isclose(frozen, state["frozen"], rtol=1e-9):
-        raise ValueError(f"--resume: {folder} was trained on another model than {config.model}")
-    step = int(folder.name.removeprefix("step-"))
-    if step > plan.n_steps:
-        raise ValueError(f"--resume: {folder} is behind the last of {plan.n_steps} steps")
-    return step
-
-
-TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-    "generation_config.json",
-)
-
-
-def write_model_files(folder: Path, model: Transformer, tokenizer, pairs, config: TrainConfig):
-    """What a model folder holds beside the weights."""
-    write_config(folder, model.config, getattr(torch, model.config.dtype))
-    for name in TOKENIZER_FILES:
-        if (Path(config.model) / name).is_file():
-            shutil.copyfile(Path(config.model) / name, folder / name)
-    # Trained on messages: whoever chats needs the template, and BOS in front of it.
-    if any(pair.chat for pair in pairs):
-        tokenizer.save_chat_template(folder)
-    if not (folder / "generation_config.json").exists():  # where to stop
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-
-
-def finish(
-    model: Transformer, tokenizer, pairs: list[Pair], n_steps: int, config: TrainConfig, out: Path
-):
-    """Writes OUT/model, OUT/adapters, and then that the run is finished. Raises OSError."""
-    try:
-        save_model(model, tokenizer, pairs, config, out / "model")
-        if config.lora_adapters:
-            save_adapters(model, config, out / "adapters")
-        if rank() == 0:
-            (out / FINISHED).write_text(f"{n_steps}\n", encoding="utf-8")
-    except OSError as error:
-        what = str(error) if str(out) in str(error) else f"{out / 'model'}: {error}"
-        last = next((folder.name for folder in checkpoints(out)), "none")
-        raise OSError(
-            f"{what}; the last good checkpoint is {last}; make space, then continue with --resume"
-        ) from None
-
-
-def save_model(model, tokenizer, pairs, config: TrainConfig, folder: Path, row: dict | None = None):
-    """The trained model as a Hugging Face folder, in the dtype that the checkpoint had; with row,
-    its evaluation, which is how OUT/best is known."""
-    if rank() > 0:
-        if config.shard:  # takes part in gathering each tensor
-            model.save_pretrained(None)
-        return
-    if config.lora_rank:
-        model = merge_lora(model, Transformer.from_pretrained(config.model))
-    with replaced(folder) as new:
-        model.save_pretrained(new, dtype=getattr(torch, model.config.dtype))
-        write_model_files(new, model, tokenizer, pairs, config)
-        if row is not None:
-            (new / "evaluation.json").write_text(json.dumps(row, indent=2) + "\n")
-
-
-def save_best(row: dict, model, tokenizer, pairs, config: TrainConfig, out: Path):
-    """With --eval-every: saves the model as OUT/best where row has this run's lowest eval_loss.
-
-    It is compared with the row in OUT/best, which belongs to those weights whatever happens. Rows
-    of metrics.jsonl may be cut by --resume, and be computed again with other roundings.
-    """
-    if row["step"] == 0 or not config.eval_every:  # step 0 is --model itself
-        return
-    is_best = rank() == 0 and row["eval_loss"] < read_best(out).get("eval_loss", math.inf)
-    if max_over_processes(int(is_best)):  # process 0 decides for all
-        try:
-            save_model(model, tokenizer, pairs, config, out / "best", row)
-        except OSError as error:
-            raise OSError(f"{error}; fix this, then continue with --resume") from None
-
-
-def save_adapters(model: Transformer, config: TrainConfig, folder: Path):
-    """The adapters by themselves, as peft reads them."""
-    if rank() == 0:
-        adapters = {name: (m.lora_A, m.lora_B) for name, m in lora_layers(model).items()}
-        family, numbers = model.config.family, (config.lora_rank, config.lora_alpha)
-        with replaced(folder) as new:
-            write_adapters(new, family, adapters, *numbers, config.model)
+            print(f"train.py: {error.path}: not written: {error.reason}", file=sys.stderr)
 
 
 # torch.distributed.checkpoint says so each time that there is a single process.
@@ -181,8 +101,8 @@ def save_state(
 ):
     """Writes a checkpoint, by all processes together, and removes all but the newest `keep`.
 
-    write_more(folder) writes what else belongs in it, in one process. Raises OSError with the
-    reason where it fails; the older checkpoints stay then.
+    write_more(folder) writes what else belongs in it, in one process. Raises NotWritten; the older
+    checkpoints stay then.
     """
     temporary, final = out / "checkpoints" / "unfinished", out / "checkpoints" / f"step-{step:08d}"
     try:
@@ -200,11 +120,45 @@ def save_state(
                 shutil.rmtree(old)
     except (OSError, dcp.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        last = next((folder.name for folder in checkpoints(out)), "none")
-        raise OSError(
-            f"{final}: not written: {_reason(error)}; the last good checkpoint is {last}; "
-            "fix this, then continue with --resume"
-        ) from None
+        advice = "fix this, then continue with --resume"
+        raise NotWritten(final, first_line(error), f"{last_good(out)}; {advice}") from None
+
+
+def last_good(out: Path) -> str:
+    names = [folder.name for folder in checkpoints(out)]
+    return f"the last good checkpoint is {names[0] if names else 'none'}"
+
+
+def load_checkpoint(run: Run) -> int:
+    """Restores the newest checkpoint that can be read and returns its step; 0 without any yet.
+
+    Raises ValueError where it is of other flags, other pairs, another model, or a later step.
+    """
+    config = run.config
+
+    def check(settings: dict, folder: Path):
+        refuse_other_settings(config, settings, folder)
+        for name, now in run.digests.items():
+            then = settings.get("pairs", run.digests)[name]
+            if now != then:
+                file = getattr(config, name) or config.data
+                raise ValueError(
+                    f"--resume: {file} does not give the pairs that {folder} was trained with "
+                    f"({then}; now {now}); restore the file and the tokenizer, or start a new run"
+                )
+
+    state = training_state(run.model, run.optimizer)
+    frozen = state["frozen"].clone() if "frozen" in state else None
+    folder = load_state(run.out, state, check)
+    if folder is None:
+        print(f"--resume: {run.out} has no checkpoint yet, so the run starts from its beginning")
+        return 0
+    if frozen is not None and not torch.isclose(frozen, state["frozen"], rtol=1e-9):
+        raise ValueError(f"--resume: {folder} was trained on another model than {config.model}")
+    step = int(folder.name.removeprefix("step-"))
+    if step > run.n_steps:
+        raise ValueError(f"--resume: {folder} is after the last of {run.n_steps} steps")
+    return step
 
 
 def load_state(out: Path, state: dict[str, Tensor], check) -> Path | None:
@@ -221,14 +175,14 @@ def load_state(out: Path, state: dict[str, Tensor], check) -> Path | None:
             return folder
         except (OSError, json.JSONDecodeError, dcp.CheckpointException) as error:
             if rank() == 0:
-                print(f"{folder}: an older one is tried: {_reason(error)}", file=sys.stderr)
+                print(f"{folder}: an older one is tried: {first_line(error)}", file=sys.stderr)
     if folders:
         raise ValueError(f"{out / 'checkpoints'}: none can be read; remove it to start again")
     return None
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what is behind an error of torch.distributed.checkpoint, or another."""
+def first_line(error: BaseException) -> str:
+    """The first line of what caused an error of torch.distributed.checkpoint, or of another."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     while not isinstance(error, OSError) and error.__context__:
@@ -236,8 +190,83 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def describe_weights(folder: Path, shapes: dict[str, torch.Size], base: Path | str):
-    """Writes weights.json: shapes in the order of the model, and the folder it was loaded from."""
-    base = str(Path(base).resolve())
-    about = {"base": base, "shapes": {name: list(shape) for name, shape in shapes.items()}}
-    (folder / "weights.json").write_text(json.dumps(about), encoding="utf-8")
+# ---------------------------------------------------------------------------------------------
+# Models.
+
+TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    "generation_config.json",
+)
+
+
+def write_model_files(folder: Path, run: Run):
+    """What a model folder holds beside the weights."""
+    source = Path(run.config.model)
+    write_config(folder, run.model.config, getattr(torch, run.model.config.dtype))
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    # Trained on messages: whoever chats needs the template, and BOS in front of it.
+    if run.chat:
+        run.tokenizer.save_chat_template(folder)
+    if not (folder / "generation_config.json").exists():  # where to stop
+        ids = {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def save_model(run: Run, folder: Path, row: dict | None = None):
+    """The trained model as a Hugging Face folder, in the dtype that the checkpoint had; with row,
+    its evaluation, by which OUT/best is recognised. Raises NotWritten."""
+    model, config = run.model, run.config
+    if rank() > 0:
+        if config.shard:  # takes part in gathering each tensor
+            model.save_pretrained(None)
+        return
+    if config.lora_rank:
+        model = merge_lora(model, Transformer.from_pretrained(config.model))
+    with replaced(folder) as new:
+        model.save_pretrained(new, dtype=getattr(torch, model.config.dtype))
+        write_model_files(new, run)
+        if row is not None:
+            (new / "evaluation.json").write_text(json.dumps(row, indent=2) + "\n")
+
+
+def save_best(run: Run, row: dict):
+    """With --eval-every: saves the model as OUT/best where row has this run's lowest eval_loss.
+
+    It is compared with the row in OUT/best, which belongs to those weights whatever happens. Rows
+    of metrics.jsonl may be cut by --resume, and be computed again with other roundings.
+    """
+    if row["step"] == 0 or not run.config.eval_every:  # step 0 is --model itself
+        return
+    best = read_best(run.out).get("eval_loss", math.inf)
+    if max_over_processes(rank() == 0 and row["eval_loss"] < best):  # process 0 decides for all
+        try:
+            save_model(run, run.out / "best", row)
+        except NotWritten as error:
+            advice = "fix this, then continue with --resume"
+            raise NotWritten(error.path, error.reason, advice) from None
+
+
+def save_adapters(run: Run, folder: Path):
+    """The adapters by themselves, as peft reads them."""
+    if rank() == 0:
+        adapters = {name: (m.lora_A, m.lora_B) for name, m in lora_layers(run.model).items()}
+        numbers = run.config.lora_rank, run.config.lora_alpha
+        with replaced(folder) as new:
+            write_adapters(new, run.model.config.family, adapters, *numbers, run.config.model)
+
+
+def finish(run: Run):
+    """Writes OUT/model, OUT/adapters, and then that the run is finished. Raises NotWritten."""
+    try:
+        save_model(run, run.out / "model")
+        if run.config.lora_adapters:
+            save_adapters(run, run.out / "adapters")
+        if rank() == 0:
+            (run.out / FINISHED).write_text(f"{run.n_steps}\n", encoding="utf-8")
+    except OSError as error:
+        path = error.path if isinstance(error, NotWritten) else run.out
+        advice = f"{last_good(run.out)}; make space, then continue with --resume"
+        raise NotWritten(path, reason_of(error), advice) from None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import orpo
 from model import ModelConfig, Transformer
-from tests.layout import packed
+from tests.small import groups_of, packed
 
 LAM = 2.0  # large, so that an error in the odds ratio term cannot hide behind the SFT term
 STEP = 1e-5  # of the differences: truncation of order STEP^2, rounding of order 1e-16 / STEP
@@ -184,9 +184,7 @@ def predicted_rows() -> tuple[Tensor, Tensor, Tensor]:
 def fused(hidden, lm_head, response, nll_weight, targets) -> Tensor:
     """The code under test, in several groups."""
     rest = (targets, response, nll_weight, LAM, len(LENGTHS))
-    return orpo.fused_linear_orpo(
-        hidden, lm_head, *rest, groups=orpo.pair_groups(response, group_rows=5)
-    ).loss
+    return orpo.fused_linear_orpo(hidden, lm_head, *rest, groups=groups_of(response, 5)).loss
 
 
 def vocabulary_projection(name: str, hidden: Tensor, lm_head: Tensor, leaf: Tensor) -> Level:

@@ -20,7 +20,6 @@ import torch
 import train
 from formats.weights import read_safetensors, write_safetensors
 from model import ModelConfig, Transformer
-from run.flags import BUILTIN_OUT
 from tests.runs import fails
 
 ROWS = [
@@ -218,14 +217,11 @@ def test_a_folder_that_may_not_be_written_to_is_named(work, capsys):
     assert f"{work} is not a folder to write to" in fails(capsys, arguments(work))
 
 
-def test_the_built_in_jobs_older_run_stays_until_a_new_one_starts(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_that_is_to_be_replaced_stays_until_the_new_one_starts(tmp_path, capsys):
     holds_a_run(tmp_path)
-    (tmp_path / "out").rename(tmp_path / "builtin")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "builtin").rename(tmp_path / BUILTIN_OUT)
     before = snapshot(tmp_path)
-    fails(capsys, ["--max-prompt-length", "1", "--device", "cpu"])
+    out = ["--out", str(tmp_path / "out"), "--overwrite"]
+    fails(capsys, [*out, "--max-prompt-length", "1", "--device", "cpu"])
     assert snapshot(tmp_path) == before
 
 

@@ -16,9 +16,9 @@ from formats.families import FAMILIES, write_config
 from formats.weights import read_safetensors, write_safetensors
 from model import ModelConfig, Transformer
 from run.folder import replaced, tidy
-from run.saving import describe_weights, save_state
-from tests.models import KINDS, V, kinds, random_model
+from run.saving import save_state
 from tests.runs import file_bytes
+from tests.small import KINDS, V, kinds, random_model
 from tools import export as export_file
 from tools.export import export
 
@@ -745,13 +745,11 @@ def step_folder(tmp_path, model: Transformer):
     """A checkpoint as train.py writes it, without tokenizer files."""
 
     def write_more(folder):
-        shapes = {name: p.shape for name, p in state(model).items()}
-        describe_weights(folder, shapes, tmp_path)
         (folder / "model").mkdir()
         write_config(folder / "model", model.config, torch.bfloat16)
 
     moments = {f"{name}.exp_avg": torch.ones_like(p) for name, p in state(model).items()}
-    save_state(tmp_path, 5, state(model) | moments, {}, 2, write_more)
+    save_state(tmp_path, 5, state(model) | moments, {"lora_rank": 0}, 2, write_more)
     return tmp_path / "checkpoints" / "step-00000005"
 
 
@@ -792,7 +790,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     step, out = step_folder(tmp_path, random_model(torch.float32)), tmp_path / "made"
     for wrong in (tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints"):
         message = fails(capsys, wrong, "--out", out)
-        assert message.startswith(f"{wrong}: not a checkpoint, as it has no weights.json; name a ")
+        assert message.startswith(
+            f"{wrong}: not a checkpoint, as it has no model/config.json; name a "
+        )
     assert "are required: --out" in fails(capsys, step)
     assert "all weights" in fails(capsys, step, "--out", out, "--model", tmp_path)
     assert fails(capsys, step, "--out", tmp_path) == f"--out {tmp_path}: exists; name a new folder"

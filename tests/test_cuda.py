@@ -7,7 +7,7 @@ import torch
 
 from bench.gpu import COMPARED, gradients
 from model import ModelConfig, Transformer
-from tests.layout import packed, plain
+from tests.small import packed, plain
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -27,14 +27,14 @@ def test_gradients_equal_float64_on_the_cpu(name, arguments, bound):
 def test_a_step_does_not_make_the_host_wait(checkpointing):
     """A whole update, of several micro-batches, queues its work and never synchronises."""
     from bench.gpu import SMALL, random_pairs
-    from train import TrainConfig, make_optimizer, micro_batches, training_step
+    from train import TrainConfig, make_optimizer, pack, training_step
 
     device, config = torch.device("cuda"), TrainConfig(dtype="bfloat16", micro_batch_tokens=64)
     model = Transformer(SMALL).to(device)
     model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, 3 * checkpointing
     optimizer = make_optimizer(model, config)
     pairs = random_pairs(6, (9, 9, 9), 100, seed=3)
-    batches = micro_batches(pairs, config)
+    batches = pack(pairs, config)
     training_step(model, optimizer, batches, config)  # the first call sets kernels up
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -46,7 +46,7 @@ def test_a_step_does_not_make_the_host_wait(checkpointing):
 @needs_cuda
 def test_compiled_blocks_compute_the_same_and_are_compiled_once():
     from bench.gpu import SMALL, random_pairs
-    from train import TrainConfig, forward, micro_batches
+    from train import TrainConfig, forward, pack
 
     device, config = torch.device("cuda"), TrainConfig(dtype="bfloat16")
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once():
     def gradients_of(seed):
         model.zero_grad()
         pairs = random_pairs(6, (20, 30, 25), SMALL.vocab_size, seed)
-        for batch in micro_batches(pairs, config):
+        for batch in pack(pairs, config):
             forward(model, batch, 0.5).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 

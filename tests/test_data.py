@@ -12,11 +12,11 @@ import torch
 
 import data
 import train
-from data import Pair, encode_pair, encode_rows, epoch_permutation, micro_batches, split_by_tokens
+from data import Pair, encode_pair, encode_pairs, epoch_permutation, micro_batches, split_by_tokens
 from formats.rows import Preference, load_preferences
 from formats.tokenizer import load_tokenizer
 from run.processes import pick_device
-from tests.layout import tokens
+from tests.small import tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +134,7 @@ MESSAGE = "must be a message: role and content, both strings"
 
 def not_an_answer(key: str, roles: str, after: int) -> str:
     """roles: u for user, a for assistant."""
-    wanted = "the prompt's messages and one assistant message more, or that message alone"
+    wanted = "the prompt's messages and one assistant message more, or only that message"
     found = [{"u": "user", "a": "assistant"}[role] for role in roles]
     return f"{key} must be {wanted}; it is {found} after {after} messages"
 
@@ -263,7 +263,8 @@ def test_columns_whose_content_is_lost_are_known(form, more, ignored, tmp_path):
 
 def about(rows, tmp_path, tokenizer=None, max_length=99):
     loaded = load_preferences(write_rows(tmp_path / "rows.jsonl", *rows))
-    return data.make_pairs(loaded, tokenizer or Letters(), max_length, 98).about
+    pairs, dropped = data.encode_pairs(tokenizer or Letters(), loaded, max_length, 98)
+    return "\n".join(data.summary(loaded, pairs, dropped, max_length))
 
 
 def test_ignored_columns_are_counted_in_one_line(tmp_path):
@@ -370,14 +371,14 @@ DROPPED = [("q", "a", "a"), ("q", "", "b"), ("q", "c", "c"), ("q" * 9, "a", "b")
 
 def test_drops_are_counted_by_reason():
     rows = [row_of(*texts) for texts in [("q", "a", "b"), *DROPPED]]
-    (pair,), dropped = encode_rows(Letters(), rows, 99, 8)
+    (pair,), dropped = encode_pairs(Letters(), rows, 99, 8)
     assert pair.where == rows[0].where and tokens(pair) == [[1, 113], [97, 2], [98, 2]]
     assert sum(dropped.values()) == 4 and sorted(dropped.values()) == [1, 1, 2]
 
 
 def test_when_no_pair_is_left_the_reasons_are_said():
     with pytest.raises(ValueError, match="no pairs left") as error:
-        encode_rows(Letters(), [row_of(*texts) for texts in DROPPED], 99, 8)
+        encode_pairs(Letters(), [row_of(*texts) for texts in DROPPED], 99, 8)
     for word in ("4 rows", "2 identical", "1 empty", "1 prompt over 8"):
         assert word in str(error.value)
 
@@ -418,7 +419,7 @@ def test_real_pairs_decode_to_what_was_read(shared):
     """1100 rows of which 6 are ties, through Llama 2's tokenizer; no special token is lost."""
     t = load_tokenizer(shared / "llama2-tokenizer")
     rows = load_preferences(shared / "politeness-pairs.jsonl")
-    pairs, dropped = encode_rows(t, rows, 512, 256)
+    pairs, dropped = encode_pairs(t, rows, 512, 256)
     row_at = {row.where: row for row in rows}
     assert len(rows) == 1100 and len(pairs) == 1094 and list(dropped.values()) == [6]
     assert "identical" in next(iter(dropped))
@@ -528,8 +529,8 @@ def test_a_micro_batch_by_hand(sft_loss):
     less the first token are 4 + 3 = 7 tokens, so 1/7 each.
     """
     (b,) = micro_batches(TWO, 13, sft_loss)
-    assert (b.q_lens, b.k_lens) == ([5, 3, 4, 1], [5, 6, 4, 2])
-    assert b.key_index.tolist() == [*range(5), 0, 1, 2, 5, 6, 7, *range(8, 12), 8, 12]
+    assert b.segments.lengths == ((5, 5), (3, 6), (4, 4), (1, 2))
+    assert b.segments.key_index.tolist() == [*range(5), 0, 1, 2, 5, 6, 7, *range(8, 12), 8, 12]
     assert (b.groups, b.n_pairs) == ([(0, 9 if sft_loss == "response" else 11)], 2)
     assert b.tokens.tolist() == [1, 10, 11, 20, 2, 30, 31, 2, 1, 21, 22, 2, 32]
     assert b.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3, 1]
@@ -630,14 +631,15 @@ def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, c
     flags = ["--model", str(tiny_llama), "--chat-template", str(tmp_path / "own.jinja")]
     config = train.parse([*flags, "--data", str(file), "--out", "unused", "--device", "cpu"])
     pick_device(config)
-    train.cap_max_length(config)
-    _, tokenizer, trained_on, _ = train.load_inputs(config)
+    config.max_length = 256  # the model's context
+    _, tokenizer, pairs, _ = train.load_inputs(config)
+    told = [line[9:] for line in capsys.readouterr().out.splitlines()][2:]  # after the model's two
     data.main([str(file), *flags])
     shown = capsys.readouterr().out
-    assert len(trained_on.pairs) == 2 and sum(trained_on.pairs[0].lengths[:2]) == 256
-    for pair in trained_on.pairs:
+    assert len(pairs) == 2 and sum(pairs[0].lengths[:2]) == 256
+    for pair in pairs:
         assert data.show(pair, tokenizer, colour=False) in shown
-    assert shown.endswith("\n".join(x.strip() for x in trained_on.about.splitlines()) + "\n")
+    assert shown.endswith("\n".join(told) + "\n") and "2 pairs of 3" in told[0]
     assert "cut to 256 tokens, so without EOS: 1 chosen, 0 rejected" in shown
 
 

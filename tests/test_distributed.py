@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,18 +28,14 @@ from tests.runs import (
     run,
     start,
 )
-
-
-def random_pairs(n: int, seed: int) -> list[data.Pair]:
-    rng = np.random.default_rng(seed)
-    return [data.Pair(*([1] * k for k in row)) for row in rng.integers(2, 90, (n, 3)).tolist()]
+from tests.small import random_pairs, some_pairs
 
 
 def shares_of_steps():
     """Steps of 1 to 64 pairs, and their shares for 1 to 8 processes."""
     for n in (1, 2, 3, 5, 17, 64):
         for world in (1, 2, 3, 8):
-            pairs = random_pairs(n, seed=n)
+            pairs = some_pairs(n, seed=n, longest=90)
             shares = data.balance_over_ranks(pairs, world)
             assert len(shares) == world
             yield pairs, shares
@@ -62,7 +57,7 @@ def test_the_shares_are_even_in_tokens():
 
 @pytest.mark.parametrize("sft_loss", ["response", "full"])
 def test_the_shares_hold_the_weights_of_the_whole_step_in_equal_numbers_of_micro_batches(sft_loss):
-    pairs = random_pairs(7, seed=0)
+    pairs = some_pairs(7, seed=0, longest=90)
     for world in (2, 3, 9):  # with 9, two have no pair
         shares = [data.micro_batches(pairs, 300, sft_loss, 1, k, world) for k in range(world)]
         assert len({len(batches) for batches in shares}) == 1
@@ -83,9 +78,9 @@ def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_proc
     )
     model = Transformer(ModelConfig(10, 8, 1, 1, 8))
     model.compute_dtype = torch.float32
-    pairs = train.PairSet([data.Pair([1] * 20, [1] * 20, [1] * 20)] * 10)
+    pairs = random_pairs([(20, 20, 20)] * 10, vocab_size=10)
     tokenizer = data.load_tokenizer(tiny_tokenizer)
-    plan = make_plan(model, tokenizer, pairs, train.PairSet([]), config)
+    plan = make_plan(model, tokenizer, pairs, config)
     expected = 2, 1 if expected else 2, expected
     assert (plan.n_steps, len(plan.largest), plan.several) == expected
 
@@ -93,7 +88,9 @@ def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_proc
 def test_an_empty_micro_batch_adds_zeros():
     torch.manual_seed(0)
     model = Transformer(ModelConfig(100, 16, 2, 2, 24, tie_embeddings=True))
-    batches = data.micro_batches(random_pairs(1, seed=1), 300, "full", 1, 1, 2)
+    batches = data.micro_batches(
+        some_pairs(1, seed=1, longest=90, vocab_size=100), 300, "full", 1, 1, 2
+    )
     output = train.forward(model, batches[0], 0.5)
     output.loss.backward()
     assert output.loss == 0 and len(output.chosen_logps) == 0
@@ -123,7 +120,7 @@ SEVERAL = """
 import json, os, sys, train
 for arguments in map(json.loads, sys.argv[1:]):
     try:
-        train.run(train.parse(arguments))
+        train.run_command(train.parse(arguments))
     except ValueError as error:
         print("ValueError:", error, file=sys.stderr, flush=True)
 os._exit(0)

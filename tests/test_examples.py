@@ -134,7 +134,7 @@ FORMS = {  # what: (the row, the row as written)
 @pytest.mark.parametrize("what", FORMS)
 def test_prepare_reads_a_row_in_every_published_form(what):
     row, wanted = FORMS[what]
-    got = prepare.convert(row, "FILE:1")
+    got, _ = prepare.convert(row, "FILE:1")
     made = {key: getattr(got, key) for key in ("prompt", "chosen", "rejected", "accept")}
     assert {key: value for key, value in made.items() if value is not None} == wanted
     assert got.ignored == (("rating",) if "rating" in row else ())

@@ -21,16 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention as attention_file
 import data
-import model as model_file
 import train
-from attention import Segments
 from formats.families import FAMILIES, GPT
 from model import ModelConfig, Transformer
 from run.flags import TrainConfig
 from run.log import n_updates
 from run.lora import add_lora
-from run.plan import block_memory
 from run.processes import pick_device, reshard, shard
+from tests.small import random_pairs
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="this PyTorch sees no CUDA device, real or pretended"
@@ -122,16 +120,12 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def fake(monkeypatch):
     """FakeTensorMode. It has no pinned memory, so copies to the device are plain ones."""
-    for module in (train, attention_file):
+    for module in (data, attention_file):
         monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def some_pairs(*lengths) -> list[data.Pair]:
-    return [data.Pair([1] * p, [2] * c, [3] * r) for p, c, r in lengths]
-
-
-PAIRS = some_pairs((20, 30, 25), (7, 40, 3), (33, 1, 60), (20, 30, 25), (5, 5, 5))
+PAIRS = random_pairs([(20, 30, 25), (7, 40, 3), (33, 1, 60), (20, 30, 25), (5, 5, 5)])
 
 
 def make_model(shape: ModelConfig, config: TrainConfig, device=CUDA) -> Transformer:
@@ -153,7 +147,7 @@ def make_model(shape: ModelConfig, config: TrainConfig, device=CUDA) -> Transfor
 def step(fake, shape: ModelConfig = SMALL, **settings) -> Calls:
     """A whole update on the device: what it called. It raises where the host waits for a number."""
     config = TrainConfig(**{"dtype": "bfloat16", "micro_batch_tokens": 150} | settings)
-    batches = train.micro_batches(PAIRS, config)
+    batches = train.pack(PAIRS, config)
     assert len(batches) > 1
     with fake, Calls() as calls:
         model = make_model(shape, config)
@@ -238,8 +232,8 @@ def test_a_block_is_one_graph_and_is_compiled_once(fake, checkpointed):
     """Without a code generator, which would need a real card. All layers share the one graph."""
     config = TrainConfig(dtype="bfloat16", activation_checkpointing=checkpointed)
     compiler = CompileCounterWithBackend("aot_eager")
-    steps = [some_pairs((20 + i, 30, 25), (7, 40 + i, 3 * i + 3)) for i in range(4)]
-    batches = [train.micro_batches(pairs, config)[0] for pairs in steps]
+    steps = [random_pairs([(20 + i, 30, 25), (7, 40 + i, 3 * i + 3)]) for i in range(4)]
+    batches = [train.pack(pairs, config)[0] for pairs in steps]
     torch._dynamo.reset()
     try:
         with fake:
@@ -267,14 +261,14 @@ def test_a_block_is_one_graph_and_is_compiled_once(fake, checkpointed):
 
 def test_one_of_eight_processes_keeps_a_part_of_every_weight(monkeypatch):
     """FSDP2 beside seven processes that are not there."""
-    for module in (train, attention_file):
+    for module in (data, attention_file):
         monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         config = TrainConfig(
             dtype="bfloat16", device="cuda:0", shard=True, activation_checkpointing=1
         )
-        batches = train.micro_batches(PAIRS * 8, config)
+        batches = train.pack(PAIRS * 8, config)
         mesh = train.init_device_mesh("cuda", (8,))
         monkeypatch.setattr("run.processes.init_device_mesh", lambda *_: mesh)
         with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
@@ -304,8 +298,8 @@ def test_evaluation_waits_once_at_its_end(fake, monkeypatch, dtype):
 
     monkeypatch.setattr(train, "HostCopy", Copy)
     config = TrainConfig(dtype=dtype, micro_batch_tokens=150)
-    batches = train.micro_batches(PAIRS, config)  # these read numbers, so they are made before
-    monkeypatch.setattr(train, "micro_batches", lambda *_: batches)
+    batches = train.pack(PAIRS, config)  # these read numbers, so they are made before
+    monkeypatch.setattr(train, "pack", lambda *_: batches)
     with fake:
         row = train.evaluate(make_model(SMALL, config), PAIRS, config)
     assert set(row.values()) == {CUDA} and "eval_logps/chosen" in row
@@ -353,61 +347,3 @@ def test_loading_and_saving(fake, tmp_path, monkeypatch, dtype):
         model.save_pretrained(tmp_path / "out", torch.float16)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("in", "out")]
     assert sizes[0] == sizes[1]
-
-
-def kept_by_a_block(model: Transformer) -> int:
-    """Bytes that the first block keeps of PAIRS; its parameters and what blocks share count not."""
-    config, kept = TrainConfig(dtype="bfloat16"), {}
-    (batch,) = train.micro_batches(PAIRS, config, share=False)
-
-    def note(x):
-        kept[x.untyped_storage()._cdata] = x
-        return x
-
-    batch = data.Batch(*(x.to(CUDA) if torch.is_tensor(x) else x for x in batch))
-    segments = Segments.of(batch.q_lens, batch.k_lens, batch.key_index, CUDA)
-    rotation = model_file.rotary(batch.positions, model.config)
-    x = torch.randn(len(batch.tokens), model.config.dim, dtype=torch.bfloat16, device=CUDA)
-    shared = {t.untyped_storage()._cdata for t in (*rotation, *segments[3:], *model.parameters())}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        model.layers[0](x.requires_grad_(), *rotation, segments)
-    _, entrance = block_memory(model, PAIRS)
-    assert entrance * len(batch.tokens) == x.nbytes * sum(pair.n_tokens for pair in PAIRS)
-    # Now, and not as they were saved: FSDP2 lets go of what it gathered.
-    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in shared)
-
-
-@pytest.mark.parametrize(
-    "values", [{}, {"n_kv_heads": 8}, GPT, PHI], ids=["gqa", "mha", "gpt", "phi"]
-)
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_the_memory_that_a_block_keeps_is_what_the_plan_says(fake, values, lora_rank):
-    """Within a few percent: logsumexps of attention, and means and deviations of norms are not
-    counted, nor what adapters keep."""
-    shape = ModelConfig(1000, 256, 1, 8, 1024, **({"n_kv_heads": 2} | values))
-    with fake:
-        model = make_model(shape, TrainConfig(dtype="bfloat16", lora_rank=lora_rank))
-        kept = kept_by_a_block(model)
-        assert block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
-
-
-def test_the_memory_that_a_sharded_block_keeps_is_what_the_plan_says(monkeypatch):
-    """Gathered weights are not kept: each block gathers them again for its backward pass."""
-    for module in (train, attention_file):
-        monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
-    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    try:
-        config = TrainConfig(dtype="bfloat16", device="cuda:0", shard=True)
-        (batch,) = train.micro_batches(PAIRS, config, share=False)
-        mesh = train.init_device_mesh("cuda", (8,))
-        monkeypatch.setattr("run.processes.init_device_mesh", lambda *_: mesh)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = make_model(ModelConfig(1000, 256, 2, 8, 1024, n_kv_heads=2), config)
-            shard(model, config)
-            with torch.no_grad():  # tells the blocks that they are parts of a model
-                train.forward(model, batch, 0.1)
-            reshard(model)
-            kept = kept_by_a_block(model)
-            assert block_memory(model, PAIRS)[0] == pytest.approx(kept, rel=0.15)
-    finally:
-        dist.destroy_process_group()

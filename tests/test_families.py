@@ -18,7 +18,7 @@ from formats.families import FAMILIES
 from formats.weights import write_safetensors
 from model import Transformer
 from tests.golden.make_families import weights
-from tests.layout import plain
+from tests.small import plain
 
 GOLDEN = {
     file.stem: json.loads(file.read_text(encoding="utf-8"))

@@ -47,3 +47,51 @@ def test_the_arrows_only_go_down(file):
 
 def test_the_objective_can_be_copied_into_any_project():
     assert imports(ROOT / "orpo.py") == {"torch"}
+
+
+def test_no_import_runs_in_a_circle():
+    """Among the modules of the top level, formats/ and run/, at the time of import."""
+    modules = {module_of(file): file for file in (*TOP, *FORMATS, *RUN)}
+    left = {
+        name: {found for found in names_at_import(file) if found in modules}
+        for name, file in modules.items()
+    }
+    while left:
+        ready = [name for name, needs in left.items() if not needs & left.keys()]
+        assert ready, f"in a circle, or above one: {sorted(left)}"
+        for name in ready:
+            del left[name]
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def names_at_import(file: Path) -> set[str]:
+    """The modules that a file imports before anything in it is called."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("file", TOP, ids=lambda file: file.name)
+def test_a_file_of_the_lesson_is_read_whole(file):
+    """It is short, and nothing in it says that the rest need not be read."""
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 520
+    assert "====" not in text and "othing below" not in text
+
+
+PRODUCT = [*TOP, *FORMATS, *RUN, *sorted((ROOT / "tools").glob("*.py"))]
+
+
+@pytest.mark.parametrize("file", PRODUCT, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_every_function_fits_a_screen(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert not {name: n for name, n in sizes.items() if n > 60}

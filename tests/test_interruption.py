@@ -215,18 +215,6 @@ def test_ctrl_c_outside_of_the_loop_is_one_line(arguments, tmp_path, target):
     assert "Traceback" not in stopped.stderr
 
 
-def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    words = [
-        sys.executable,
-        "-c",
-        f"import runpy; runpy.run_path({train.__file__!r}, run_name='__main__')",
-    ]
-    stopped = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert (stopped.returncode, stopped.stderr) == (130, "train.py: stopped by Ctrl-C\n")
-
-
 def truncate(file: Path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -349,7 +337,7 @@ def test_a_run_is_not_cut_short_behind_its_last_checkpoint(arguments, tmp_path, 
     arguments += ["--lr-schedule", "constant"]
     run(arguments, "--max-steps", "3")
     message = fails(capsys, [*arguments, "--resume", "--max-steps", "2"])
-    assert "step-00000003 is behind the last of 2 steps" in message
+    assert "step-00000003 is after the last of 2 steps" in message
 
 
 def test_other_pairs_under_the_same_name_are_refused(arguments, folder, tmp_path, capsys):
@@ -574,7 +562,7 @@ def test_no_update_is_made_from_a_gradient_that_is_not_finite_nor_after_it():
 
     def changed(pairs) -> bool:
         before = [x.clone() for x in training_state(model, optimizer).values()]
-        train.training_step(model, optimizer, train.micro_batches(pairs, config), config)
+        train.training_step(model, optimizer, train.pack(pairs, config), config)
         after = training_state(model, optimizer).values()
         return not all(map(torch.equal, before, after))
 

@@ -14,10 +14,8 @@ import train
 from formats.families import FAMILIES
 from model import Linear, ModelConfig, Transformer, trainable
 from run.lora import LoRALinear, add_lora, lora_layers, merge_lora
-from run.plan import Plan, make_plan, step_flops
-from run.saving import save_checkpoint, save_model, training_state
-from tests.models import tiny
-from tests.one_step import Products, keys_seen, one_step, some_pairs
+from run.plan import step_flops, tell_model
+from run.saving import Run, save_checkpoint, save_model, training_state
 from tests.runs import (
     FACTS,
     UNEVEN,
@@ -33,6 +31,7 @@ from tests.runs import (
     steps,
     weights,
 )
+from tests.small import Products, keys_seen, one_step, some_pairs, tiny
 from tools import export as export_file
 from tools.export import export
 
@@ -229,13 +228,12 @@ def test_a_run_resumes_to_the_bit(arguments, tmp_path, monkeypatch):
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-def test_the_plan_tells_the_trained_parameters_from_the_models(tiny_tokenizer, capsys):
+def test_the_plan_tells_the_trained_parameters_from_the_models(capsys):
     model, config = tiny(), train.TrainConfig(model="m", out=".", dtype="float32")
     n_parameters = sum(p.numel() for p in model.parameters())
     add_lora(model, 4, 8.0)
     n_trained = sum(p.numel() for p in trainable(model))
-    tokenizer, pairs = data.load_tokenizer(tiny_tokenizer), train.PairSet(some_pairs(3, seed=6))
-    make_plan(model, tokenizer, pairs, train.PairSet([]), config)
+    tell_model(model, config)
     printed = capsys.readouterr().out
     assert f"{n_parameters:,} parameters" in printed and f"{n_trained:,} trained" in printed
 
@@ -310,10 +308,10 @@ def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_toke
     family.save_pretrained(base)
     config = train.TrainConfig(model=str(base), lora_rank=3, lora_alpha=8.0, dtype="bfloat16")
     model = adapted(3, Transformer.from_pretrained(base, dtype=dtype))
-    tokenizer, pairs = data.load_tokenizer(tiny_tokenizer), some_pairs(1, seed=1)
-    save_model(model, tokenizer, pairs, config, tmp_path / "model")
-    optimizer, plan = train.make_optimizer(model, config), Plan(2, 2, pairs, False, {})
-    save_checkpoint(tmp_path, 1, model, optimizer, tokenizer, pairs, plan, config)
+    optimizer, tokenizer = train.make_optimizer(model, config), data.load_tokenizer(tiny_tokenizer)
+    a_run = Run(config, tmp_path, model, optimizer, tokenizer, chat=False, n_steps=2, digests={})
+    save_model(a_run, tmp_path / "model")
+    save_checkpoint(a_run, 1)
     export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")
     assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "model")
     assert Transformer.from_pretrained(tmp_path / "made").config.dtype == "float32"

@@ -9,25 +9,18 @@ import random
 import pytest
 import torch
 
-from attention import Gather
-from data import Pair, micro_batches
+from attention import Gather, KVCache
+from data import micro_batches
 from formats.families import FAMILIES
-from model import ApplyRotary, KVCache, Transformer, sample
+from model import ApplyRotary, Transformer, sample
 from orpo import fused_linear_orpo, odds_ratio_loss, orpo_loss, response_logps
-from tests.layout import packed, segments_of
-from tests.models import V, kinds, random_model
-
-
-def random_pairs(lengths, seed=0) -> list[Pair]:
-    rng = random.Random(seed)
-    return [Pair(*([rng.randrange(V) for _ in range(n)] for n in pcr)) for pcr in lengths]
+from tests.small import V, kinds, packed, random_model, random_pairs
 
 
 def packed_hidden(model, pairs):
     """The hidden states (N, D) of one micro-batch, and its Batch."""
     (batch,) = micro_batches(pairs, 10**9, "full")
-    segments = segments_of(batch)
-    return model.hidden_states(batch.tokens, batch.positions, segments), batch
+    return model.hidden_states(batch.tokens, batch.positions, batch.segments), batch
 
 
 def gradients(loss, model):
@@ -94,7 +87,7 @@ def step_loss(model, pairs, sft_loss, lam, budget=10**9):
     """A step as training runs it: packed micro-batches through the fused linear, summed."""
     total = torch.zeros((), dtype=torch.float64)
     for b in micro_batches(pairs, budget, sft_loss):
-        hidden = model.hidden_states(b.tokens, b.positions, segments_of(b))
+        hidden = model.hidden_states(b.tokens, b.positions, b.segments)
         weighted = b.targets, b.response, b.nll_weight
         n_pairs, lm_head = len(pairs), model.lm_head_weight
         total += fused_linear_orpo(hidden[b.predict], lm_head, *weighted, lam, n_pairs).loss

@@ -15,6 +15,7 @@ import torch
 
 import orpo
 from tests import oracle
+from tests.small import groups_of
 
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-12}
 GOLDEN = Path(__file__).parent / "golden" / "orpo.json"
@@ -543,23 +544,11 @@ def test_fused_keeps_a_float32_gradient_for_a_float32_lm_head():
 @pytest.mark.parametrize("group_tokens", [1, 4, 10, 1000])
 def test_groups_change_nothing(group_tokens):
     step = a_step(torch.float64, "full")
-    groups = orpo.pair_groups(step[3], group_tokens)
+    groups = groups_of(step[3], group_tokens)
     assert len(groups) > 1 or group_tokens == 1000
     (out, *grads), (whole, *whole_grads) = fused(*step, groups=groups), fused(*step)
     for x, y in zip((*out, *grads), (*whole, *whole_grads), strict=True):
         assert error(x, y) < 1e-12
-
-
-def test_groups_cover_the_rows_and_cut_no_pair():
-    response = a_step(torch.float64)[3]
-    for group_tokens in range(1, len(response) + 2):
-        groups = orpo.pair_groups(response, group_tokens)
-        assert [r for start, stop in groups for r in range(start, stop)] == list(
-            range(len(response))
-        )
-        owners = [set((response[a:b][response[a:b] >= 0] // 2).tolist()) for a, b in groups]
-        assert sum(map(len, owners)) == len(set.union(*owners)) == 5
-        assert all(b - a <= max(group_tokens, 9) for a, b in groups)  # the longest pair has 9 rows
 
 
 def test_micro_batches_add_up():

@@ -14,6 +14,7 @@ import data
 import orpo
 import train
 from model import ModelConfig, Transformer
+from run.flags import ELSEWHERE
 from tests.runs import METRICS, ROOT
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -130,6 +131,14 @@ def test_every_flag_and_its_default_is_in_the_table():
         if f.default not in (None, False):
             same = [x == f.default or (x[0].isdigit() and float(x) == f.default) for x in defaults]
             assert any(same), name
+
+
+def test_the_names_that_train_py_recognises_are_those_of_the_page():
+    """The table of docs/trl.md is ELSEWHERE of run/flags.py."""
+    for ours, theirs in ELSEWHERE.items():
+        names = ", ".join(f"`{name.replace('-', '_')}`" for name in theirs.split())
+        assert f"| `--{ours}` | {names} |\n" in TEXTS["trl.md"]
+    assert all(hasattr(train.TrainConfig, ours.replace("-", "_")) for ours in ELSEWHERE)
 
 
 def test_every_metric_is_defined():

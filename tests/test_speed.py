@@ -10,9 +10,7 @@ import data
 import train
 from attention import _pad_segments
 from run.plan import step_flops
-from tests.layout import packed
-from tests.models import tiny
-from tests.one_step import Products, keys_seen, one_step, some_pairs
+from tests.small import Products, keys_seen, one_step, packed, some_pairs, tiny
 
 CPU = torch.device("cpu")
 
@@ -136,7 +134,7 @@ def test_padding_to_a_multiple_changes_neither_loss_nor_gradients():
 def test_bfloat16_gradients_of_micro_batches_add_up_in_float32():
     """Those of each micro-batch alone, rounded as bfloat16 rounds them, and their float32 sum."""
     model, config = tiny(torch.bfloat16), train.TrainConfig(dtype="bfloat16", micro_batch_tokens=64)
-    batches = train.micro_batches(some_pairs(6, 5), config)
+    batches = train.pack(some_pairs(6, 5), config)
     assert len(batches) > 2
     wanted = 0
     for batch in batches:
@@ -158,7 +156,7 @@ def test_compiled_blocks_are_compiled_once(checkpointing):
 
     def gradients(pairs):
         model.zero_grad()
-        for batch in train.micro_batches(pairs, config):
+        for batch in train.pack(pairs, config):
             train.forward(model, batch, 0.1).loss.backward()
         return [p.grad for p in model.parameters()]
 

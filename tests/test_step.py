@@ -8,8 +8,7 @@ import torch
 
 import train
 from model import trainable
-from tests.models import tiny
-from tests.one_step import some_pairs
+from tests.small import some_pairs, tiny
 
 
 def sharp(dtype: torch.dtype) -> torch.nn.Module:
@@ -52,7 +51,7 @@ def test_three_updates_are_clipped_adamw_by_the_formula(settings):
     start = [p.detach().clone() for p in model.parameters()]
     clipped = [[] for _ in start]
     for i in range(3):
-        batches = train.micro_batches(pairs[2 * i :][:2], config)
+        batches = train.pack(pairs[2 * i :][:2], config)
         sum(train.forward(model, batch, 0.5).loss for batch in batches).backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
         assert norm > 1  # so that it is clipped by default
@@ -90,7 +89,7 @@ def test_in_bfloat16_every_micro_batch_counts_once():
     settings = {"dtype": "bfloat16", "sft_loss": "full", "grad_clip": 0.0}
     for budget in (10**9, 64):
         config = train.TrainConfig(micro_batch_tokens=budget, **settings)
-        model, batches = tiny(torch.bfloat16), train.micro_batches(pairs, config)
+        model, batches = tiny(torch.bfloat16), train.pack(pairs, config)
         optimizer = train.make_optimizer(model, config)
         train.training_step(model, optimizer, batches, config)
         moments = (optimizer.state[p]["exp_avg"] for p in model.parameters())

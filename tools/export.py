@@ -1,6 +1,9 @@
 """Turns a checkpoint of train.py into a model folder, as OUT/model is.
 
-python -m tools.export OUT/checkpoints/step-N --out FOLDER
+    python -m tools.export OUT/checkpoints/step-N --out FOLDER
+    python -m tools.export ... --model BASE       of a LoRA run whose base model has moved
+
+One process and no GPU do, however many trained. Adam's moments are not loaded.
 """
 
 import argparse
@@ -13,80 +16,77 @@ import torch.distributed.checkpoint as dcp
 
 from formats.files import read_json
 from formats.weights import read_weights, write_weights
+from model import ModelConfig, Transformer
 from run.folder import replaced
-from run.lora import merge_adapter
-from run.saving import _reason
+from run.lora import add_lora, merge_adapter
+from run.saving import first_line
 
 
 def export(step: Path, out: Path, base: Path | None = None):
-    """Turns a checkpoint of train.py into a model folder, as OUT/model is.
-
-    One process and no GPU do, however many trained; Adam's moments are not loaded. base: the model
-    of a LoRA run, where it has moved. Raises ValueError, OSError.
-    """
-    if not (step / "weights.json").is_file():
-        reason = "not a checkpoint, as it has no weights.json"
+    """base: the model of a LoRA run, where it has moved. Raises ValueError, OSError."""
+    config_file = step / "model" / "config.json"
+    if not config_file.is_file():
+        reason = "not a checkpoint, as it has no model/config.json"
         raise ValueError(f"{step}: {reason}; name a folder such as OUT/checkpoints/step-00000500")
     if out.exists():
         raise ValueError(f"--out {out}: exists; name a new folder")
-    about, config = (read_json(step / name) for name in ("weights.json", "model/config.json"))
-    dtype, model_type = getattr(torch, config["torch_dtype"]), config["model_type"]
-    shapes = {name: torch.Size(shape) for name, shape in about["shapes"].items()}
-    frozen = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
-    is_lora = len(frozen) < len(shapes)
+    settings, config = read_json(step / "config.json"), ModelConfig.from_json(config_file)
+    dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):  # which names and shapes there are
+        model = Transformer(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if is_lora := bool(settings["lora_rank"]):
+        add_lora(model, settings["lora_rank"], settings["lora_alpha"])
+        adapters = {n: p for n, p in model.named_parameters() if n not in shapes}
+        state = {name: torch.empty(p.shape) for name, p in adapters.items()}
+        state["frozen"] = torch.zeros((), dtype=torch.float64)
+    else:  # cast to the dtype of the model as they are read
+        state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     if base is not None and not is_lora:
         raise ValueError(f"--model {base}: is for LoRA runs only, and {step} holds all weights")
-    # The tensors are the wanted ones alone, and cast as they are read.
-    if is_lora:
-        state = {name: torch.empty(shapes[name]) for name in shapes.keys() - frozen.keys()}
-        state["frozen"] = torch.zeros((), dtype=torch.float64)
-    else:
-        state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     try:
         dcp.load(state, checkpoint_id=step)
     except (OSError, dcp.CheckpointException) as error:
-        raise ValueError(f"{step}: cannot be read: {_reason(error)}") from None
+        raise ValueError(f"{step}: cannot be read: {first_line(error)}") from None
     if is_lora:
-        base = base or Path(about["base"])
+        base = base or Path(settings["model"])
         if not base.is_dir():
             raise ValueError(f"{base}: the base model of {step} is not there; name it by --model")
-        state = _merge(base, model_type, frozen, state, read_json(step / "config.json"))
+        state = merged(base, config.family, shapes, state, settings)
     with replaced(out) as folder:
         shutil.copytree(step / "model", folder, dirs_exist_ok=True)
-        write_weights(folder, model_type, state, dtype)
+        write_weights(folder, config.family, state, dtype)
 
 
-def _merge(base: Path, model_type: str, shapes: dict, adapters: dict, settings: dict) -> dict:
+def merged(base: Path, family: str, shapes: dict, adapters: dict, settings: dict) -> dict:
     """The parameters of base, whose shapes are given, with the adapters added."""
-    scale, norms, merged = settings["lora_alpha"] / settings["lora_rank"], [], {}
-    for name, weight in read_weights(base, model_type, shapes):
+    scale, norms, found = settings["lora_alpha"] / settings["lora_rank"], [], {}
+    for name, weight in read_weights(base, family, shapes):
         norms.append(weight.to(getattr(torch, settings["dtype"])).double().norm())
         pair = [adapters.get(name.removesuffix("weight") + leaf) for leaf in ("lora_A", "lora_B")]
         changed = weight if pair[0] is None else merge_adapter(weight, *pair, scale)
-        merged[name] = changed.to(weight.dtype, copy=True)
+        found[name] = changed.to(weight.dtype, copy=True)
     if not torch.isclose(torch.stack(norms).sum(), adapters["frozen"], rtol=1e-9):
         raise ValueError(f"{base}: is not the model that was trained; name that by --model")
-    return {name: merged[name] for name in shapes}  # in the order of the model, not of its files
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # without the dump of the usage
-        raise ValueError(f"{message} (see python -m tools.export --help)")
+    return {name: found[name] for name in shapes}  # in the order of the model, not of its files
 
 
 def main(argv=None):
-    parser = Parser(prog="export.py", description=export.__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", type=Path, help="OUT/checkpoints/step-N of a run")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--model", type=Path, help="base model of a LoRA run, where it has moved")
+    given = parser.parse_args(argv)
     try:
-        given = parser.parse_args(argv)
         export(given.checkpoint, given.out, given.model)
     except (OSError, ValueError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     print(f"wrote {given.out}, a Hugging Face folder")
 
 

@@ -6,10 +6,10 @@ IN is parquet (needs pyarrow), a JSON array, or JSON Lines, each also gzipped (.
 `hf download` leaves it, of which the split "train" is taken (or --split). A row is read as
 
     messages    role and content, or ShareGPT's from and value; content may be in parts of text.
-                Whole dialogues, or their last answers behind `prompt` or `conversations`
+                Whole dialogues, or their last answers beside `prompt` or `conversations`
     HH-RLHF     whole dialogues as one text, "\\n\\nHuman: ... \\n\\nAssistant: ..."
     questions   `question`, `instruction` or `input`, and answers as text: they become messages;
-                `input` is put behind an instruction, and `system` becomes a turn of its own
+                `input` is put after an instruction, and `system` becomes a turn of its own
     strings     `prompt` and its continuations, which stay as they are
 
 and written as prompt, chosen, rejected (and accept). What cannot be used is counted by reason, and
@@ -156,8 +156,9 @@ def line_of(row: Preference) -> bytes:
     return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
 
 
-def convert(row, where: str) -> Preference:
-    """A row of any form as train.py's. Raises ValueError with the reason why there is none."""
+def convert(row, where: str) -> tuple[Preference, str]:
+    """A row of any form as train.py's, and what was made of it, in words. Raises ValueError with
+    the reason why there is none."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
@@ -188,14 +189,14 @@ def convert(row, where: str) -> Preference:
     if "chosen" in row and "rejected" in row:
         row |= {"chosen": sides[0], "rejected": sides[1]}
     found = preference(row | ({} if prompt is None else {"prompt": prompt}), where)
-    form = form or found.form
+    form = form or ("strings" if isinstance(found.prompt, str) else "messages")
     unused = "system" in found.ignored and isinstance(system, str)
     if unused and isinstance(found.prompt, list) and found.prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *found.prompt]
         ignored = tuple(key for key in found.ignored if key != "system")
         found = found._replace(prompt=prompt, ignored=ignored)
         form += ", system as a message"
-    return found._replace(form=form)
+    return found, form
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,7 +204,10 @@ def convert(row, where: str) -> Preference:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="prepare.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN")
     parser.add_argument("--out", required=True, type=Path, metavar="PAIRS.jsonl")
@@ -222,16 +226,17 @@ def prepare(inputs: list[Path], out: Path, split: str | None):
     files = [file for path in inputs for file in files_of(path, split)]
     if any(path.is_dir() for path in inputs):
         print(f"taken: {', '.join(map(str, files))}")
-    rows, n, dropped, first = [], 0, Counter(), {}
+    rows, forms, n, dropped, first = [], Counter(), 0, Counter(), {}
     beside = out.with_name(out.name + ".tmp")
     try:
         with open(beside, "wb") as f:
             for where, row in ((f"{file}:{i}", row) for file in files for i, row in read(file)):
                 n += 1
                 try:
-                    found = convert(row, where)
+                    found, form = convert(row, where)
                     f.write(line_of(found))
                     rows.append(found)
+                    forms[form] += 1
                 except ValueError as error:
                     reason = f"{error!s:.200}"
                     dropped[reason] += 1
@@ -248,7 +253,7 @@ def prepare(inputs: list[Path], out: Path, split: str | None):
     finally:
         beside.unlink(missing_ok=True)
     print(f"{out}: {len(rows)} pairs of {n} rows")
-    for form, k in Counter(row.form for row in rows).most_common():
+    for form, k in forms.most_common():
         print(f"  {k} from {form}")
     for line in [f"dropped: {line}" for line in drops] + warnings_of(rows):
         print(f"  {line}")

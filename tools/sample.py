@@ -44,7 +44,7 @@ def prompt_ids(tokenizer, messages: list[dict], plain: bool) -> list[int]:
 def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:
     """Prints an answer as it comes, and returns it."""
     new, shown = [], ""
-    # decoded behind a fixed token, so that no leading space is taken away
+    # decoded after a fixed token, so that no leading space is taken away
     head, end = tokenizer.decode(ids[-1:]), tokenizer.turn_end()
     end_ids = tokenizer.encode(end, continuation=True)
     ends = {tokenizer.eos_id, *(end_ids if len(end_ids) == 1 else [])}
@@ -110,7 +110,7 @@ def answer_file(
     ]
 
 
-def main():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("question", nargs="?")
@@ -130,7 +130,33 @@ def main():
         "up to 4 GB of keys and values for a model of 7B); more is faster",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def talk(model, tokenizer, question: str | None, plain: bool, **options):
+    """Answers the question, or where there is none those that are typed, until an empty line."""
+    messages = []
+    while asked := question or read_line():
+        messages = [*([] if plain else messages), {"role": "user", "content": asked}]
+        ids = prompt_ids(tokenizer, messages, plain)
+        if len(ids) >= model.config.max_seq_len:
+            what = "dialogue" if len(messages) > 1 else "question"
+            complain(f"the {what} has {len(ids)} tokens and fills the {context_of(model)}")
+            sys.exit(2)
+        messages.append({"role": "assistant", "content": stream(model, tokenizer, ids, **options)})
+        if question:
+            break
+
+
+def read_line() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def main():
+    args = parse()
     try:
         dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
         model = Transformer.from_pretrained(args.model, args.device, dtype)
@@ -158,23 +184,7 @@ def main():
         text = "\n".join(map(json.dumps, made)) if lines else json.dumps(made, indent=1)
         args.out.write_text(text + "\n", encoding="utf-8")
         return print(f"{args.out}: {len(made)} answers")
-    messages = []
-    while True:
-        try:
-            question = args.question or input("> ")
-        except EOFError:
-            break
-        if not question:
-            break
-        messages = [*([] if plain else messages), {"role": "user", "content": question}]
-        ids = prompt_ids(tokenizer, messages, plain)
-        if len(ids) >= model.config.max_seq_len:
-            what = "dialogue" if len(messages) > 1 else "question"
-            complain(f"the {what} has {len(ids)} tokens and fills the {context_of(model)}")
-            sys.exit(2)
-        messages.append({"role": "assistant", "content": stream(model, tokenizer, ids, **options)})
-        if args.question:
-            break
+    talk(model, tokenizer, args.question, plain, **options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import orpo
 import train
 from model import Transformer
 from tests.golden import make_families
-from tests.layout import packed, plain
+from tests.small import packed, plain
 
 COMMON = {"vocab_size": 97, "num_hidden_layers": 3, "max_position_embeddings": 64}
 SIZES = COMMON | {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}

@@ -12,7 +12,7 @@ import data
 import train
 from model import Transformer, trainable
 from run.lora import add_lora, lora_layers, merge_lora
-from run.saving import save_adapters
+from run.saving import Run, save_adapters
 from tests.peers.test_families import FAMILIES, logits_of, same, theirs
 from tests.peers.tiny import random_llama
 
@@ -29,7 +29,8 @@ def test_peft_adds_what_we_merge(name, tmp_path):
     torch.manual_seed(1)
     for module in lora_layers(model).values():
         torch.nn.init.normal_(module.lora_B, std=0.2)
-    save_adapters(model, config, tmp_path / "adapters")
+    a_run = Run(config, tmp_path, model, None, None, chat=False, n_steps=1, digests={})
+    save_adapters(a_run, tmp_path / "adapters")
     merge_lora(model, Transformer.from_pretrained(base)).save_pretrained(tmp_path / "merged")
 
     unchanged = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

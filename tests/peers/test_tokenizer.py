@@ -416,7 +416,7 @@ def test_served_prompts_are_the_trained_ones_with_bos_once(tmp_path, kind, templ
     config = train.parse(list(map(str, flags)))
     train.main(list(map(str, flags)))
     pick_device(config)
-    (pair,) = train.load_inputs(config)[2].pairs
+    (pair,) = train.load_inputs(config)[2]
 
     reference = transformers.AutoTokenizer.from_pretrained(out / "model")
     served = reference.apply_chat_template(

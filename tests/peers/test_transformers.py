@@ -12,7 +12,7 @@ import torch
 
 import model as ours
 import orpo
-from tests import layout
+from tests import small
 
 from . import tiny
 
@@ -283,7 +283,7 @@ def test_objective_and_gradients_equal_the_plain_objective_on_transformers_logit
         losses.append(orpo.orpo_loss(chosen, rejected, lam=0.5))
 
     tokens, positions, rows, targets, response, weight, lengths = packed(pairs)
-    segments = layout.packed(lengths)
+    segments = small.packed(lengths)
     hidden = fused.hidden_states(tokens, positions, segments)
     out = orpo.fused_linear_orpo(
         hidden[rows], fused.lm_head_weight, targets, response, weight, 0.5, len(pairs)

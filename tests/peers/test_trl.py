@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import data
 import orpo
 import train
+from tests.small import some_pairs, tokens
 
 from . import tiny
 
@@ -151,15 +152,10 @@ def test_our_step_is_the_same_however_it_is_cut(tmp_path, folder):
 # Where TRL differs from the paper, or surprises. TRL's own code runs, ours stands beside it.
 
 
-def random_pairs(n, seed=0, vocab_size=320):
-    """n triples of token ids whose lengths differ: prompt 3 to 30, responses 1 to 25."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (), generator=rng))
-        return torch.randint(3, vocab_size, (length,), generator=rng).tolist()
-
-    return [([1, *ids(2, 30)], [*ids(0, 25), 2], [*ids(0, 25), 2]) for _ in range(n)]
+def random_triples(n, seed=0, vocab_size=320):
+    """n triples of token ids: BOS and up to 24 tokens, two responses of up to 24 and EOS."""
+    pairs = some_pairs(n, seed, 24, vocab_size)
+    return [([1, *p], [*c, 2], [*r, 2]) for p, c, r in map(tokens, pairs)]
 
 
 def trl_loss(chosen_logps, rejected_logps, lam=0.1):
@@ -231,7 +227,7 @@ def test_trl_nll_covers_the_prompt_too(folder, tmp_path):
     `--sft-loss full`. The first token is left out, as nothing predicts it. EOS is trained.
     """
     model = tiny.random_llama()
-    pairs = random_pairs(4)
+    pairs = random_triples(4)
     trainer = peer.make_trainer(model, pairs, out=str(tmp_path), per_device_train_batch_size=4)
     theirs = trainer.concatenated_forward(model, first_batch(trainer))[4]
 
@@ -274,7 +270,7 @@ def test_trl_gradient_depends_on_the_micro_batch_cut(folder, tmp_path):
     short pairs counts more. The same eight pairs cut as 8, 2 x 4 and 8 x 1 give three gradients.
     Ours gives one: see test_our_step_is_the_same_however_it_is_cut.
     """
-    pairs = sorted(random_pairs(8), key=lambda pair: sum(map(len, pair)))
+    pairs = sorted(random_triples(8), key=lambda pair: sum(map(len, pair)))
     whole = trl_gradient(folder, pairs, 8, tmp_path)
     for micro_batch_size in (4, 1):
         cut = trl_gradient(folder, pairs, micro_batch_size, tmp_path)
@@ -423,7 +419,7 @@ def test_trl_trains_on_pairs_whose_responses_are_equal_or_empty(tmp_path):
 def test_trl_evaluation_is_a_mean_of_batch_means(tmp_path):
     """Three pairs in batches of two: the third counts for a half. Ours: the mean over the pairs."""
     model = tiny.random_llama()
-    pairs = random_pairs(3)
+    pairs = random_triples(3)
     settings = {"out": str(tmp_path), "per_device_eval_batch_size": 2}
     key = "eval_logps/chosen"
     by_twos = peer.make_trainer(model, pairs, pairs, **settings).evaluate()[key]
@@ -435,7 +431,7 @@ def test_trl_evaluation_is_a_mean_of_batch_means(tmp_path):
 def test_trl_warm_up_begins_at_zero_and_so_the_first_update_changes_nothing(folder):
     """With warm-up the learning rate of update 1 is 0 in transformers; ours is lr/warmup_steps."""
     settings = {"max_steps": 3, "warmup_steps": 2, "lr_schedule": "linear"}
-    rows, _, _ = peer.run_trl(folder, random_pairs(8), **settings)
+    rows, _, _ = peer.run_trl(folder, random_triples(8), **settings)
     assert [row["learning_rate"] for row in rows] == [0, 5e-4, 1e-3]
 
 
