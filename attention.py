@@ -115,8 +115,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
 class KVCache:
     """Keys and values of sequences of any lengths, which grow while generating.
 
-    Packed like everything else: a sequence has a run of rows, as many as it may come to have
-    tokens, so nothing moves while it grows. Which rows are whose, key_index of Segments says.
+    Packed like everything else: each sequence has a run of rows, as many as the tokens that it may
+    come to have, so nothing moves while it grows. key_index of Segments says whose a row is.
     """
 
     def __init__(self, config, sizes, device, dtype):
@@ -198,17 +198,38 @@ class PaddedSegments(NamedTuple):
     """Segments in rectangles of n segments with n_q queries and n_k keys each."""
 
     shapes: list[tuple[int, int, int]]  # (n, n_q, n_k) of each rectangle
-    # (n, 1, n_q, n_k), 0 where a query sees a key and else -inf; or None where it is the triangle
-    # that is_causal means, for which there is a faster kernel
+    # (n, 1, n_q, n_k): 0 where a query sees a key, else -inf. None for an ordinary triangle, for
+    # which is_causal has a faster kernel.
     biases: list[Tensor | None]
-    q_index: Tensor  # the rows of q in the rectangles, where padding repeats a row; of k likewise
-    k_index: Tensor
-    q_rows: Tensor  # (N,), where the rows of q have gone; those of k likewise
-    k_rows: Tensor
+    q_index: Tensor  # which row of q fills each row of the rectangles; padding repeats a row
+    k_index: Tensor  # of k likewise
+    q_rows: Tensor  # (N,), at which row of the rectangles each row of q is now
+    k_rows: Tensor  # of k likewise
 
 
 @functools.lru_cache(maxsize=8)  # every layer asks for the same
 def _pad_segments(lengths, window, device, dtype, write_out: bool) -> PaddedSegments:
+    groups, multiple = _neighbours(lengths), 32 if write_out else 1
+    shapes, biases, q_parts, k_parts = [], [], [], []
+    for group in groups:
+        q_lens, k_lens = (np.array(lens) for lens in zip(*group, strict=True))
+        n_q, n_k = (-(-int(lens.max()) // multiple) * multiple for lens in (q_lens, k_lens))
+        shapes.append((len(group), n_q, n_k))
+        q_parts.append((q_lens, n_q))
+        k_parts.append((k_lens, n_k))
+        triangle = len(set(group)) == 1 and group[0][0] == group[0][1] and window is None
+        if triangle and not write_out:
+            biases.append(None)
+        else:
+            bias = _bias(q_lens, k_lens, n_q, n_k, window, dtype)
+            biases.append(to_device(bias, device))
+    arrays = (*_padded_rows(q_parts), *_padded_rows(k_parts))
+    q_index, q_rows, k_index, k_rows = (to_device(torch.from_numpy(x), device) for x in arrays)
+    return PaddedSegments(shapes, biases, q_index, k_index, q_rows, k_rows)
+
+
+def _neighbours(lengths) -> list[list[tuple[int, int]]]:
+    """Segments that share a rectangle, while padding costs less than a call of the kernel."""
     groups, n_q, n_k, scores = [], 0, 0, 0
     for q_len, k_len in lengths:
         n_q, n_k, scores = max(n_q, q_len), max(n_k, k_len), scores + q_len * k_len
@@ -217,31 +238,28 @@ def _pad_segments(lengths, window, device, dtype, write_out: bool) -> PaddedSegm
         else:
             groups.append([(q_len, k_len)])
             n_q, n_k, scores = q_len, k_len, q_len * k_len
+    return groups
 
-    shapes, biases, multiple = [], [], 32 if write_out else 1
-    indices, rows, starts, filled = ([], []), ([], []), [0, 0], [0, 0]
-    for group in groups:
-        lens = [np.array(x)[:, None] for x in zip(*group, strict=True)]  # q's and k's, each (n, 1)
-        sizes = [-(-int(x.max()) // multiple) * multiple for x in lens]
-        for i, (x, size) in enumerate(zip(lens, sizes, strict=True)):
-            place = np.arange(size)
-            first = starts[i] + np.cumsum(x)[:, None] - x
-            indices[i].append((first + np.minimum(place, x - 1)).ravel())
-            rows[i].append(filled[i] + np.flatnonzero(place < x))
-            starts[i] += int(x.sum())
-            filled[i] += len(x) * size
-        shapes.append((len(group), *sizes))
-        triangle = len(set(group)) == 1 and group[0][0] == group[0][1] and window is None
-        if triangle and not write_out:
-            biases.append(None)
-            continue
-        # Aligned at the end. A row of padding sees what the last query sees: a row that saw nothing
-        # would be NaN, and so would be its gradient.
-        (q_len, k_len), (n_q, n_k) = lens, sizes
-        own_key = np.minimum(k_len - q_len + np.arange(n_q), k_len - 1)  # (n, n_q)
-        back = own_key[:, :, None] - np.arange(n_k)  # (n, n_q, n_k), how far back a key lies
-        hidden = torch.from_numpy((back < 0) | (back >= (window or np.inf)))
-        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-        biases.append(to_device(bias[:, None], device))
-    arrays = (np.concatenate(x) for x in (*indices, *rows))
-    return PaddedSegments(shapes, biases, *(to_device(torch.from_numpy(x), device) for x in arrays))
+
+def _padded_rows(parts) -> tuple[np.ndarray, np.ndarray]:
+    """For runs of rows end to end, padded in groups (lengths, padded length): which row fills each
+    row of the rectangles, and at which of these each row is."""
+    index, rows, start, n_filled = [], [], 0, 0
+    for lens, size in parts:
+        place, ends = np.arange(size), start + np.cumsum(lens)
+        first = (ends - lens)[:, None]
+        index.append((first + np.minimum(place, lens[:, None] - 1)).ravel())
+        rows.append(n_filled + np.flatnonzero(place < lens[:, None]))
+        start, n_filled = int(ends[-1]), n_filled + len(lens) * size
+    return np.concatenate(index), np.concatenate(rows)
+
+
+def _bias(q_lens, k_lens, n_q: int, n_k: int, window, dtype) -> Tensor:
+    """(n, 1, n_q, n_k) of segments that are aligned at their ends."""
+    # We let a row of padding see what the last query sees: a row that sees nothing would be NaN,
+    # and so would its gradient.
+    q_lens, k_lens = q_lens[:, None], k_lens[:, None]
+    own_key = np.minimum(k_lens - q_lens + np.arange(n_q), k_lens - 1)  # (n, n_q)
+    back = own_key[:, :, None] - np.arange(n_k)  # (n, n_q, n_k), how far back a key lies
+    unseen = torch.from_numpy((back < 0) | (back >= (window or np.inf)))
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)[:, None]

@@ -131,7 +131,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
-        weight = self.weight.to(x.dtype)  # of two dtypes the kernel would fall into five
+        weight = self.weight.to(x.dtype)  # mixed dtypes would run as five kernels instead of one
         if self.bias is not None:
             return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
@@ -158,9 +158,9 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 class ApplyRotary(torch.autograd.Function):
     """Turns dimension i with i + rotary_dim/2 of x (N, H, d) by cos and sin: Hugging Face's halves.
 
-    Its gradient is the rotation back, by the opposite angle. Left to autograd, in eager mode these
-    few numbers of arithmetic moved a twelfth of all bytes' time of a 7B step
-    (`bench/gpu.py profile --count`), through float32 copies.
+    Its gradient is the rotation back, by the opposite angle. We write it by hand because autograd
+    keeps float32 copies: in eager mode they took a twelfth of the memory traffic of a 7B step
+    (`python -m bench.gpu profile --count`).
     """
 
     @staticmethod
@@ -399,11 +399,11 @@ class Transformer(nn.Module):
     def training_flops(self, lengths: list[tuple[int, int, int]], n_predicted: int) -> int:
         """Operations that a training step on packed pairs of these (p, c, r) lengths needs.
 
-        A product of (n, a) and (a, b) matrices is 2nab operations, and the backward pass twice the
-        forward's. So 6 a weight a token in the blocks, 6VE a prediction for the vocabulary
-        projection (4 where the weight is frozen and has no gradient), and 12Hd a layer for each key
-        that a query sees. Elementwise work and what is computed twice
-        (--activation-checkpointing) do not count: MFU is of the needed operations.
+        A product of an (n, a) and an (a, b) matrix is 2nab operations; the backward pass has two
+        products for each of the forward pass. So it is 6 for each weight and token in the blocks,
+        6VE for each prediction of the vocabulary projection (4 where the weight is frozen), and
+        12Hd for each layer and key that a query sees. Elementwise work does not count, nor does
+        what --activation-checkpointing computes again: MFU counts what is needed.
         """
         c = self.config
         parts = [m for m in (self.layers, self.project_in, self.project_out) if m is not None]

@@ -41,7 +41,8 @@ def answers(
 
 
 def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dict[str, float]:
-    """Where rows list the answers that they accept: the share of the model's that is among them."""
+    """The share of the model's own answers that are right, sampled and greedy, among the rows that
+    list right answers; {} where none does."""
     asked = [pair for pair in pairs if pair.accept is not None]
     if not asked:
         return {}

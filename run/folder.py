@@ -61,9 +61,9 @@ FINISHED = "finished"  # a file with the last step
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Makes the folder; within it no other process can have it, on this machine or, where the file
-    system can tell, on another. The lock is the kernel's: it ends with the process, however that
-    ends. Folders that were made for it and stay empty are removed. Raises ValueError."""
+    """Makes the folder, and keeps every other process out of it, also those of other machines where
+    the file system supports that. It is a lock of the kernel, so it ends with this process in any
+    case. Folders that were made for it and are still empty are removed. Raises ValueError."""
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / LOCK, "w") as f:

@@ -192,9 +192,9 @@ def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
 
 
 def disk_needed(model: Transformer, n_steps: int, config: TrainConfig) -> tuple[int, int]:
-    """Bytes of OUT/model, OUT/best, OUT/adapters and the checkpoints at the most, and how many
-    checkpoints these are: one more than --keep, as an old one goes when a new one is complete, or
-    all of a short run. (So it is with OUT/best, but before there is OUT/model.)"""
+    """The most bytes that OUT/model, OUT/best, OUT/adapters and the checkpoints take, and how many
+    checkpoints there are at most: one more than --keep, because an old one is removed only when the
+    new one is complete. (A new OUT/best needs no more: it is written before there is OUT/model.)"""
     trained, n_parameters = count_parameters(model)
     stored = n_parameters * getattr(torch, model.config.dtype).itemsize
     needed = stored * (2 if config.eval_every else 1)

@@ -21,6 +21,7 @@ from model import ModelConfig, Transformer
 pytest.register_assert_rewrite("tests.runs")
 
 from tests.runs import FACTS, TWELVE_STEPS, files, run
+from tests.small import random_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -135,3 +136,10 @@ def whole(folder, tmp_path_factory) -> Whole:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         rows = run([*files(folder), "--out", str(out), *TWELVE_STEPS])
     return Whole(rows, out, printed.getvalue())
+
+
+@pytest.fixture
+def in_bfloat16():
+    model = random_model(torch.float32)
+    model.compute_dtype = torch.bfloat16
+    return model

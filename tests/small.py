@@ -1,5 +1,6 @@
 """Small things that many tests need: random models and pairs, segments by hand, one step."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +49,26 @@ def tiny(dtype=torch.float32, **changes) -> Transformer:
     model = Transformer(ModelConfig(**sizes | {"n_kv_heads": 2} | changes))
     model.compute_dtype = dtype
     return model
+
+
+def complaint(function, path) -> str:
+    """What the ValueError of function(path) says, in one line that begins with the path."""
+    with pytest.raises(ValueError) as error:
+        function(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 800
+    return message.removeprefix(f"{path}: ")
+
+
+def state(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def with_config(folder, **change):
+    """Rewrites config.json; a key whose value is ... goes."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 # ---------------------------------------------------------------------------------------------

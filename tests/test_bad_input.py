@@ -3,7 +3,7 @@
 A row of CASES breaks a sound set of inputs in one way, says what flags to add, and which words the
 complaint must have. `train.main` must then stop with status 2 and one line, without a traceback,
 and leave every file as it was, --out not even made. There is one case for each kind of complaint:
-all ways in which a file can be broken are in test_checkpoint.py, test_tokenizer.py, test_data.py,
+all ways in which a file can be broken are in test_weights.py, test_tokenizer.py, test_data.py,
 and the flags in test_train.py.
 """
 

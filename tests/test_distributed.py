@@ -14,7 +14,6 @@ import data
 import train
 from formats.families import FAMILIES
 from model import ModelConfig, Transformer
-from run.plan import make_plan
 from tests.runs import (
     ROOT,
     UNEVEN,
@@ -28,7 +27,7 @@ from tests.runs import (
     run,
     start,
 )
-from tests.small import random_pairs, some_pairs
+from tests.small import some_pairs
 
 
 def shares_of_steps():
@@ -64,25 +63,6 @@ def test_the_shares_hold_the_weights_of_the_whole_step_in_equal_numbers_of_micro
         total = sum(batch.nll_weight.sum() for batches in shares for batch in batches)
         assert float(total) == pytest.approx(1)
         assert all(len(batch.tokens) for batches in shares for batch in batches)
-
-
-@pytest.mark.parametrize(("budget", "expected"), [(100, True), (120, False)])
-def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_processes_idle(
-    budget, expected, monkeypatch, tiny_tokenizer
-):
-    """Ten pairs of 60 tokens by nine, over eight processes: one has two of them, later seven none,
-    so there are fewer micro-batches than processes and steps."""
-    monkeypatch.setattr("run.plan.world_size", lambda: 8)
-    config = train.TrainConfig(
-        model="m", out=".", batch_size=9, micro_batch_tokens=budget, dtype="float32"
-    )
-    model = Transformer(ModelConfig(10, 8, 1, 1, 8))
-    model.compute_dtype = torch.float32
-    pairs = random_pairs([(20, 20, 20)] * 10, vocab_size=10)
-    tokenizer = data.load_tokenizer(tiny_tokenizer)
-    plan = make_plan(model, tokenizer, pairs, config)
-    expected = 2, 1 if expected else 2, expected
-    assert (plan.n_steps, len(plan.largest), plan.several) == expected
 
 
 def test_an_empty_micro_batch_adds_zeros():

@@ -1,20 +1,21 @@
-"""Flags do what they say: each of these could be ignored without any other test noticing."""
+"""Flags: how they are read and refused, and that each does what it says."""
 
 import dataclasses
 import json
 import re
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 import data
 import train
 from data import step_pairs
+from run.flags import BUILTIN, ELSEWHERE
 from run.folder import refuse_other_settings
 from run.lora import lora_layers
-from tests.runs import evaluations, files, run, steps
+from run.processes import pick_device
+from tests.runs import FACTS, ROOT, evaluations, files, run, steps
 
 
 def test_epochs_are_so_many_passes(folder, tmp_path):
@@ -22,11 +23,6 @@ def test_epochs_are_so_many_passes(folder, tmp_path):
     flags = [*files(folder), "--out", str(tmp_path / "out"), "--batch-size", "16"]
     rows = steps(run(flags, "--epochs", "2"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["epoch"] == 2
-
-
-def test_evaluation_comes_every_so_many_steps(arguments):
-    rows = run(arguments, "--max-steps", "5", "--eval-every", "2")
-    assert [row["step"] for row in evaluations(rows)] == [0, 2, 4, 5]
 
 
 def test_the_schedule_reaches_every_parameter_group(arguments, monkeypatch):
@@ -132,46 +128,6 @@ def test_a_run_is_not_resumed_with_another(name):
         refuse_other_settings(other, then, Path("step-1"))
 
 
-@pytest.fixture
-def clock(monkeypatch) -> list[float]:
-    """The log's clock, which moves two seconds a step, a thousand an evaluation, and not else."""
-    seconds = [0.0]
-
-    def takes(name: str, n: float):
-        function = getattr(train, name)
-
-        def taking(*args, **kwargs):
-            seconds[0] += n
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(train, name, taking)
-
-    takes("training_step", 2.0)
-    takes("evaluate", 1000.0)
-
-    clock = SimpleNamespace(**vars(time) | {"perf_counter": lambda: seconds[0]})
-    monkeypatch.setattr("run.log.time", clock)
-    return seconds
-
-
-def test_tokens_per_second_are_of_all_steps_since_the_row_before_and_of_no_evaluation(
-    arguments, clock
-):
-    arguments += ["--max-steps", "6", "--log-every", "2", "--eval-every", "3"]
-    rows = [row for row in run(arguments) if "loss" in row]
-    config = train.parse(arguments)
-    tokenizer, preferences = data.load_tokenizer(config.model), data.load_preferences(config.data)
-    pairs, _ = data.encode_pairs(tokenizer, preferences, 128, 128)
-    for row in rows:
-        two = [
-            step_pairs(pairs, k, config.batch_size, config.seed)
-            for k in (row["step"] - 1, row["step"])
-        ]
-        n_tokens = sum(sum(pair.lengths) for step in two for pair in step)
-        assert row["tokens_per_second"] == pytest.approx(n_tokens / 4)
-    assert [row["step"] for row in rows] == [2, 4, 6] and clock[0] == 3012
-
-
 def test_the_settings_of_a_run_serve_on_another_machine(whole, tmp_path, capsys):
     """Without its device; and a run that was sharded is evaluated by one process."""
     settings = json.loads((whole.out / "config.json").read_text())
@@ -182,3 +138,133 @@ def test_the_settings_of_a_run_serve_on_another_machine(whole, tmp_path, capsys)
     train.main(["--config", str(tmp_path / "sharded.json"), *flags])
     row = json.loads(capsys.readouterr().out)
     assert row["eval_loss"] == pytest.approx(evaluations(whole.rows)[-1]["eval_loss"], rel=1e-6)
+
+
+def test_flags_win_over_the_config_and_its_paths_are_relative_to_it(folder, tmp_path):
+    file = folder / "settings.json"
+    settings = {"model": "model", "data": "train.jsonl", "out": "o", "lam": 0.25, "lr": 1e-3}
+    file.write_text(json.dumps(settings))
+    config = train.parse(["--config", str(file), "--lr", "2e-3"])
+    assert (config.lam, config.lr) == (0.25, 2e-3)
+    assert Path(config.model).resolve() == (folder / "model").resolve()
+    assert Path(config.out).resolve() == (folder / "o").resolve()
+
+
+def test_no_flag_means_the_built_in_job():
+    config = train.parse([])
+    assert Path(config.model).resolve() == (FACTS / "base").resolve()
+    assert Path(config.out).resolve() == ROOT / "out" / "builtin" and config.overwrite
+    assert train.parse(["--config", str(BUILTIN)]) == config
+    assert train.parse(["--seed", "7"]).seed == 7
+
+
+def complaint(flags: list[str]) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train.parse(flags)
+    return str(error.value)
+
+
+GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-such"], "unrecognized arguments: --no-such (see python train.py --help)"),
+        (["--max-step", "3"], "--max-step 3; did you mean --max-steps (number of updates"),
+        (["--learning_rate=1"], "did you mean --lr (peak learning rate of AdamW)?"),
+        (
+            ["--beta", "1", "--bf16"],
+            "did you mean --lam (weight of L_OR; TRL calls it beta) and",
+        ),
+        (["--eval-every", "2"], "--eval-every needs evaluation data: add --eval-data or --eval-fr"),
+        (
+            ["--eval-data", "e", "--eval-fraction", "0.1"],
+            "--eval-fraction and --eval-data do not",
+        ),
+        (["--lr"], "argument --lr: expected one argument"),
+        (["--lam", "much"], "argument --lam: invalid float value: 'much'"),
+        (["--max-steps", "1.5"], "argument --max-steps: invalid int value: '1.5'"),
+        (["--sft-loss", "half"], "argument --sft-loss: invalid choice: 'half'"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--lr", "nan"], "--lr must be at least 0, not nan"),
+        (["--lr", "inf"], "--lr must be at least 0, not inf"),
+        (["--lam", "-1"], "--lam must be at least 0, not -1.0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--adam-beta1", "1"], "--adam-beta1 must be at least 0 and below 1, not 1.0"),
+        (["--adam-beta2", "1"], "--adam-beta2 must be at least 0 and below 1, not 1.0"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 9223372036854775808, not -1"),
+        (["--seed", str(2**64)], "--seed must be at least 0 and below 9223372036854775808, not 18"),
+        (["--lora-rank", "-1"], "--lora-rank must be at least 0, not -1"),
+        (["--shard", "--lora-rank", "2"], "--shard and --lora-rank do not go together"),
+        (["--lora-adapters"], "--lora-adapters needs --lora-rank"),
+        (["--dry-run", "--eval-only"], "--dry-run plans a training run, and --eval-only is none"),
+        (["--config", "nowhere.json"], "nowhere.json: no such file"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_flag_is_named(flags, words):
+    assert words in complaint([*GIVEN, *flags])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"lam": "0.1"}', "--lam must be a number, not '0.1'"),
+        ('{"lr": NaN}', "--lr must be at least 0, not nan"),
+        ('{"resume": 1}', "--resume must be true or false, not 1"),
+        ('{"epochs": true}', "--epochs must be a whole number, not True"),
+        ('{"sft_loss": "half"}', "--sft-loss must be one of response, full, not 'half'"),
+        ('{"xyz": 1}', "unknown: xyz; known: model, data, "),
+        ('{"num_train_epochs": 1}', "unknown: num_train_epochs; did you mean --epochs (passes"),
+        ("[]", "a JSON object is expected, not list"),
+        ("{", "not JSON"),
+        ("[" * 10**5, "not JSON"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_wrong_config_names_its_file(tmp_path, text, words):
+    file = tmp_path / "settings.json"
+    file.write_text(text)
+    assert complaint([*GIVEN, "--config", str(file)]).startswith(f"{file}: {words}")
+
+
+def test_what_is_missing_is_asked_for():
+    assert "--out is needed" in complaint(["--model", "m", "--data", "d"])
+    assert "--eval-data is needed" in complaint(["--model", "m", "--eval-only"])
+    held_out = ["--model", "m", "--eval-only", "--eval-fraction", "0.1"]
+    assert "--data is needed" in complaint(held_out)
+
+
+def test_the_flags_of_other_programs_lead_to_ours():
+    ours = {f.name.replace("_", "-") for f in dataclasses.fields(train.TrainConfig)}
+    theirs = " ".join(ELSEWHERE.values()).split()
+    assert set(ELSEWHERE) <= ours and not set(theirs) & ours
+    assert len(set(theirs)) == len(theirs)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("tpu", "--device tpu: unknown; use cpu, cuda or cuda:1"),
+        ("meta", "--device meta: only cpu and cuda are supported"),
+        ("cuda:77", "--device cuda:77: this machine shows {} CUDA devices"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device, words):
+    with pytest.raises(ValueError) as error:
+        pick_device(train.TrainConfig(device=device))
+    assert str(error.value) == words.format(torch.cuda.device_count())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_refused():
+    with pytest.raises(ValueError, match="--device cuda: this machine shows 0 CUDA devices"):
+        pick_device(train.TrainConfig(device="cuda"))
+
+
+def test_a_configs_overwrite_is_about_the_folder_that_it_names_itself():
+    """So that whoever names another --out loses nothing there."""
+    assert train.parse(["--config", str(BUILTIN)]).overwrite
+    assert not train.parse(["--config", str(BUILTIN), "--out", "mine"]).overwrite
+    assert train.parse(["--config", str(BUILTIN), "--out", "mine", "--overwrite"]).overwrite

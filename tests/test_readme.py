@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +114,16 @@ def test_every_script_of_a_command_is_there():
 
 @pytest.mark.slow
 def test_the_built_in_job_owns_its_folder_and_replaces_it(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--max-steps", "1", "--eval-data"]
+    """Without --out: out/builtin in the repository, of which this is a copy."""
+    for name in ("formats", "run", "examples"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
     rows = (ROOT / "examples" / "facts" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "few.jsonl").write_text("\n".join(rows[:4]), encoding="utf-8")
+    command = [sys.executable, "train.py", "--max-steps", "1", "--eval-data", "few.jsonl"]
     for _ in range(2):
-        subprocess.run([*command, "few.jsonl"], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
         metrics = (tmp_path / "out" / "builtin" / "metrics.jsonl").read_text().splitlines()
         assert len(metrics) == 3  # evaluation, step 1, evaluation
 

@@ -1,7 +1,6 @@
 """One update: gradients of all micro-batches, clipping, and AdamW as its authors write it."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,21 +65,6 @@ def test_three_updates_are_clipped_adamw_by_the_formula(settings):
         decay = settings.get("weight_decay", 0.0) if p.dim() == 2 else 0.0
         wanted = adamw(first, gradients, 1e-2, *betas, 1e-8, decay)
         torch.testing.assert_close(p, wanted, rtol=1e-9, atol=1e-12, msg=name)
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys):
-    """No update counted, no moment, no gradient, no changed weight; and the rate is set back."""
-    model, config = tiny(), train.TrainConfig(lr=1e-2, dtype="float32")
-    optimizer, before = train.make_optimizer(model, config), [p.clone() for p in model.parameters()]
-    plan = SimpleNamespace(largest=some_pairs(3, seed=2), several=several)
-    train.try_largest(model, optimizer, plan, config)
-    assert all(map(torch.equal, before, model.parameters()))
-    assert all(p.grad is None for p in model.parameters())
-    states = [optimizer.state[p] for p in model.parameters()]
-    assert all(not x.any() for state in states for x in state.values())
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
-    assert "GB at the most in a step" in capsys.readouterr().out
 
 
 def test_in_bfloat16_every_micro_batch_counts_once():

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, or short of disk goes on to the bit; one that breaks, stops."""
+"""A run that is killed, stopped, or short of disk is resumed to the bit."""
 
 import contextlib
 import errno
@@ -15,16 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-import data
 import train
-from data import step_pairs
 from formats.weights import write_safetensors
-from model import ModelConfig, Transformer
 from run.flags import settings_of
-from run.folder import locked
-from run.saving import training_state
 from tests.runs import (
     ROOT,
     TWELVE_STEPS,
@@ -360,16 +354,6 @@ def test_the_last_step_leaves_a_checkpoint(whole):
     assert [f.name for f in (whole.out / "checkpoints").iterdir()] == ["step-00000012"]
 
 
-def test_a_folder_belongs_to_one_process(arguments, tmp_path, capsys):
-    """That one which is killed does not keep it: test_killed_three_times_..."""
-    for made_before in (False, True):
-        with locked(tmp_path / "out"):
-            message = fails(capsys, arguments)
-        assert f"--out {tmp_path}/out: another process is running in this folder" in message
-        assert (tmp_path / "out").exists() == made_before
-        (tmp_path / "out").mkdir(exist_ok=True)
-
-
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -492,79 +476,3 @@ def test_a_full_disk_for_the_rows_names_their_file(arguments, tmp_path, monkeypa
         patch.setattr(train, "begin_folder", lambda *args: None)
         message = fails(capsys, arguments)
     assert f"{tmp_path}/out/metrics.jsonl: not written: File too large; " in message
-
-
-# ---------------------------------------------------------------------------------------------
-# What is not finite.
-
-
-@pytest.fixture
-def poisoned(folder, arguments, tmp_path):
-    """A model with a token whose embedding is NaN, and 40 rows of which line 7 has it."""
-
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(1536, 32, 2, 4, 48, n_kv_heads=2, max_seq_len=128))
-    tokenizer = data.load_tokenizer(folder / "model")
-    with torch.no_grad():
-        model.embed_tokens.weight[tokenizer.encode("Q", continuation=True)[-1]] = torch.nan
-    shutil.copytree(folder / "model", tmp_path / "poisoned")
-    model.save_pretrained(tmp_path / "poisoned")
-    numbers = [*map(str, range(40))]
-    numbers[6] += "Q"
-    rows = [{"prompt": "n", "chosen": f" is {k}.", "rejected": " is not."} for k in numbers]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = ["--model", str(tmp_path / "poisoned"), "--data", str(file)]
-    return [*arguments, *files], file
-
-
-def test_what_is_not_finite_stops_the_run_with_step_row_and_term(poisoned, tmp_path, capsys):
-    """Also where nobody looks at every step: the rows are those of the step that broke."""
-    arguments, file = poisoned
-    config = train.parse(arguments)
-    rows = data.load_preferences(file)
-    bad = next(
-        k for k in range(1, 6) if rows[6] in step_pairs(rows, k, config.batch_size, config.seed)
-    )
-    assert bad > 1  # so that there is a checkpoint
-    arguments += ["--save-every", str(bad - 1), "--micro-batch-tokens", "30"]
-    for log_every in ("1", "50"):
-        out = tmp_path / log_every
-        message = fails(capsys, [*arguments, "--log-every", log_every, "--out", str(out)])
-        assert (
-            f"step {bad}: loss or gradient not finite at {file}:7 (L_SFT and L_OR); nothing was"
-            in message
-        )
-        written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        logged = range(1, bad) if log_every == "1" else []
-        assert [row["step"] for row in steps(written)] == list(logged)
-        left = [f.name for f in (out / "checkpoints").iterdir()]
-        assert left == [f"step-{bad - 1:08d}"] and not (out / "model").exists()
-
-
-@pytest.mark.parametrize(("lam", "term"), [("1e39", "(L_OR)"), ("1e37", "(its gradient)")])
-def test_the_term_that_is_not_finite_is_named(arguments, capsys, lam, term):
-    """The first is beyond float32, of the second only the squares that a norm sums."""
-    message = fails(capsys, [*arguments, "--lam", lam])
-    assert "step 1: loss or gradient not finite at " in message and message.count(term) == 3, (
-        message
-    )
-
-
-def test_no_update_is_made_from_a_gradient_that_is_not_finite_nor_after_it():
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(50, 16, 2, 2, 24))
-    with torch.no_grad():
-        model.embed_tokens.weight[49] = torch.inf
-    config = train.TrainConfig(lr=1e-2, dtype="float32", weight_decay=0.1)
-    optimizer = train.make_optimizer(model, config)
-    good, bad = [data.Pair([1], [2, 3], [4])], [data.Pair([1], [2, 49, 3], [4])]
-
-    def changed(pairs) -> bool:
-        before = [x.clone() for x in training_state(model, optimizer).values()]
-        train.training_step(model, optimizer, train.pack(pairs, config), config)
-        after = training_state(model, optimizer).values()
-        return not all(map(torch.equal, before, after))
-
-    changed(good)
-    assert [changed(pairs) for pairs in (good, bad, good)] == [True, False, False]

@@ -1,0 +1,119 @@
+"""Evaluation: before, after and in between, by itself, and answers that count as right."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import data
+import train
+from model import ModelConfig, Transformer
+from run.answers import accepted
+from tests.runs import evaluations, files, run
+
+
+def test_evaluation_comes_before_the_first_update_and_after_the_last(whole):
+    before, after = evaluations(whole.rows)
+    assert (before["step"], after["step"]) == (0, 12)
+    assert {"eval_accepted/sampled", "eval_accepted/greedy"} < set(before) == set(after)
+
+
+def test_evaluation_keeps_nothing_for_a_backward_pass(folder, monkeypatch):
+    outputs, forward = [], train.forward
+
+    def noted(*args):
+        outputs.append(forward(*args))
+        return outputs[-1]
+
+    monkeypatch.setattr(train, "forward", noted)
+    flags = ["--out", "o", "--micro-batch-tokens", "1", "--dtype", "float32"]
+    config = train.parse([*files(folder), *flags])
+    model, _, _, eval_pairs = train.load_inputs(config)
+    train.evaluate(model, eval_pairs, config)
+    assert len(outputs) > 1 and not any(output.loss.requires_grad for output in outputs)
+
+
+def test_an_evaluation_is_the_same_however_it_is_cut(folder):
+    flags = [*files(folder), "--out", "o", "--dtype", "float32"]
+    config = train.parse([*flags, "--micro-batch-tokens", "1"])
+    model, _, _, eval_pairs = train.load_inputs(config)
+    cut = train.evaluate(model, eval_pairs, config)
+    assert len(train.pack(eval_pairs, config)) == len(eval_pairs) > 1
+    whole = train.evaluate(model, eval_pairs, train.parse(flags))
+    assert cut == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_held_out_loss_goes_down(whole):
+    before, after = evaluations(whole.rows)
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_eval_fraction_evaluates_on_a_part_of_the_rows_instead(folder, tmp_path, capsys):
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    flags += ["--out", str(tmp_path / "out"), "--max-steps", "1", "--device", "cpu"]
+    rows = run(flags, "--eval-fraction", "0.25")
+    assert [row["step"] for row in evaluations(rows)] == [0, 1]
+    rows = data.load_preferences(folder / "train.jsonl")
+    train_rows, held_out = data.hold_out(rows, 0.25, seed=42)
+    printed = capsys.readouterr().out
+    assert f"pairs of {len(train_rows)};" in printed and f"pairs of {len(held_out)};" in printed
+
+
+def test_eval_only_prints_the_row_that_training_starts_with(arguments, whole, capsys):
+    """And nothing else, but for what the row depends on."""
+    train.main([*arguments, "--eval-only"])
+    expected = whole.rows[0] | {"lam": 0.5, "sft_loss": "response"}
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_a_runs_config_evaluates_its_model_as_the_run_did(whole, capsys):
+    """By its own lam, on its own rows."""
+    flags = ["--config", str(whole.out / "config.json"), "--model", str(whole.out / "model")]
+    train.main([*flags, "--eval-only"])
+    expected = whole.rows[-1] | {"step": 0, "lam": 0.5, "sft_loss": "response"}
+    row = json.loads(capsys.readouterr().out)
+    # The seed of sampled answers goes with the step.
+    assert row | {"eval_accepted/sampled": 0} == expected | {"eval_accepted/sampled": 0}
+
+
+def test_eval_only_evaluates_on_what_was_held_out(folder, tmp_path, capsys):
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    flags += ["--eval-fraction", "0.25", "--device", "cpu"]
+    before, _ = evaluations(run(flags, "--out", str(tmp_path / "out"), "--max-steps", "1"))
+    capsys.readouterr()
+    train.main([*flags, "--eval-only"])
+    row = json.loads(capsys.readouterr().out)
+    assert {name: row[name] for name in before} == before
+
+
+def test_what_eval_only_leaves_is_no_run_to_protect(arguments):
+    train.main([*arguments, "--eval-only"])
+    assert len(run(arguments, "--max-steps", "1")) == 3
+
+
+def test_eval_only_leaves_the_rows_of_a_run_alone(arguments, whole, tmp_path):
+    (tmp_path / "out").mkdir()
+    metrics = Path(shutil.copy(whole.out / "metrics.jsonl", tmp_path / "out"))
+    before = metrics.read_bytes()
+    train.main([*arguments, "--eval-only"])
+    assert metrics.read_bytes() == before
+
+
+@pytest.mark.parametrize("said", ["y", "y z", "Y", ""], ids=repr)
+def test_only_an_exact_answer_is_accepted(said, monkeypatch):
+    """Two of three rows list what they accept. The sampled answers are both right, and of the
+    greedy ones half is: the first, "x", but not another text than "z" or "yz"."""
+    monkeypatch.setattr(
+        "run.answers.answers",
+        lambda *args, temperature, **_: ["x", "yz"] if temperature else ["x", said],
+    )
+    pair = data.Pair([1, 5], [6, 2], [7, 2])
+    pairs = [pair._replace(accept=accept) for accept in (["x"], None, ["z", "yz"])]
+    shares = accepted(Transformer(ModelConfig(10, 8, 1, 1, 8)), None, pairs, 0)
+    assert shares == {"eval_accepted/sampled": 1.0, "eval_accepted/greedy": 0.5}
+
+
+def test_evaluation_comes_every_so_many_steps(arguments):
+    rows = run(arguments, "--max-steps", "5", "--eval-every", "2")
+    assert [row["step"] for row in evaluations(rows)] == [0, 2, 4, 5]

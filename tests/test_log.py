@@ -1,0 +1,73 @@
+"""The log: a row a step, what its numbers count, and what stands still meanwhile."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import data
+import train
+from data import step_pairs
+from run.folder import read_rows
+from tests.runs import METRICS, run, steps
+
+
+def test_every_step_has_one_row_with_every_metric(whole):
+    trained = [row for row in whole.rows if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, 13))
+    assert all(set(row) == METRICS for row in trained)
+
+
+def test_epochs_are_counted_in_parts(whole):
+    """40 pairs by 8 are 5 steps an epoch."""
+    assert [row["epoch"] for row in steps(whole.rows)] == [step / 5 for step in range(1, 13)]
+
+
+def test_log_every_thins_the_rows_and_changes_none(arguments, whole):
+    thin = steps(run(arguments, "--log-every", "5"))
+    assert thin == [row for row in steps(whole.rows) if row["step"] in (5, 10, 12)]
+
+
+def test_another_programs_metrics_are_no_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'3\n[1]\n"loss"\n{"loss": 1}\n\xff\n')
+    assert read_rows(tmp_path) == []
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The log's clock, which moves two seconds a step, a thousand an evaluation, and not else."""
+    seconds = [0.0]
+
+    def takes(name: str, n: float):
+        function = getattr(train, name)
+
+        def taking(*args, **kwargs):
+            seconds[0] += n
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(train, name, taking)
+
+    takes("training_step", 2.0)
+    takes("evaluate", 1000.0)
+
+    clock = SimpleNamespace(**vars(time) | {"perf_counter": lambda: seconds[0]})
+    monkeypatch.setattr("run.log.time", clock)
+    return seconds
+
+
+def test_tokens_per_second_are_of_all_steps_since_the_row_before_and_of_no_evaluation(
+    arguments, clock
+):
+    arguments += ["--max-steps", "6", "--log-every", "2", "--eval-every", "3"]
+    rows = [row for row in run(arguments) if "loss" in row]
+    config = train.parse(arguments)
+    tokenizer, preferences = data.load_tokenizer(config.model), data.load_preferences(config.data)
+    pairs, _ = data.encode_pairs(tokenizer, preferences, 128, 128)
+    for row in rows:
+        two = [
+            step_pairs(pairs, k, config.batch_size, config.seed)
+            for k in (row["step"] - 1, row["step"])
+        ]
+        n_tokens = sum(sum(pair.lengths) for step in two for pair in step)
+        assert row["tokens_per_second"] == pytest.approx(n_tokens / 4)
+    assert [row["step"] for row in rows] == [2, 4, 6] and clock[0] == 3012

@@ -1,0 +1,154 @@
+"""The plan: steps, memory, disk, and the trial of the largest micro-batch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import train
+from model import ModelConfig, Transformer, trainable
+from run.lora import add_lora
+from run.plan import (
+    count_parameters,
+    disk_needed,
+    fixed_memory,
+    make_plan,
+    out_of_memory_advice,
+    tell_model,
+)
+from tests.small import random_pairs, some_pairs, tiny
+
+
+def test_plan_and_answers_are_printed(whole):
+    for word in ("parameters", "40 pairs of 40", "12 of 8 pairs", "memory", "before:", "after:"):
+        assert word in whole.printed
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsys, out):
+    if not out:
+        i = arguments.index("--out")
+        del arguments[i : i + 2]
+    train.main([*arguments, "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    words = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert {"model", "train", "eval", "steps", "time", "memory", "disk"} <= {*words}
+    assert "GB at the most in a step" in "\n".join(lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(100, True), (120, False)])
+def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_processes_idle(
+    budget, expected, monkeypatch, tiny_tokenizer
+):
+    """Ten pairs of 60 tokens by nine, over eight processes: one has two of them, later seven none,
+    so there are fewer micro-batches than processes and steps."""
+    monkeypatch.setattr("run.plan.world_size", lambda: 8)
+    config = train.TrainConfig(
+        model="m", out=".", batch_size=9, micro_batch_tokens=budget, dtype="float32"
+    )
+    model = Transformer(ModelConfig(10, 8, 1, 1, 8))
+    model.compute_dtype = torch.float32
+    pairs = random_pairs([(20, 20, 20)] * 10, vocab_size=10)
+    tokenizer = data.load_tokenizer(tiny_tokenizer)
+    plan = make_plan(model, tokenizer, pairs, config)
+    expected = 2, 1 if expected else 2, expected
+    assert (plan.n_steps, len(plan.largest), plan.several) == expected
+
+
+def test_the_plan_tells_the_trained_parameters_from_the_models(capsys):
+    model, config = tiny(), train.TrainConfig(model="m", out=".", dtype="float32")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    add_lora(model, 4, 8.0)
+    n_trained = sum(p.numel() for p in trainable(model))
+    tell_model(model, config)
+    printed = capsys.readouterr().out
+    assert f"{n_parameters:,} parameters" in printed and f"{n_trained:,} trained" in printed
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys):
+    """No update counted, no moment, no gradient, no changed weight; and the rate is set back."""
+    model, config = tiny(), train.TrainConfig(lr=1e-2, dtype="float32")
+    optimizer, before = train.make_optimizer(model, config), [p.clone() for p in model.parameters()]
+    plan = SimpleNamespace(largest=some_pairs(3, seed=2), several=several)
+    train.try_largest(model, optimizer, plan, config)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    states = [optimizer.state[p] for p in model.parameters()]
+    assert all(not x.any() for state in states for x in state.values())
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
+    assert "GB at the most in a step" in capsys.readouterr().out
+
+
+def test_the_fixed_memory_is_counted_from_the_parameters(monkeypatch):
+    model, config = Transformer(ModelConfig(100, 16, 2, 2, 24)), train.TrainConfig(dtype="bfloat16")
+    n = sum(p.numel() for p in model.parameters())
+    assert count_parameters(model) == (n, n)
+    assert fixed_memory(n, n, config) == 16 * n  # weights, gradients, two moments: float32
+    monkeypatch.setattr("run.plan.world_size", lambda: 4)
+    assert fixed_memory(n, n, config) == 16 * n
+    assert fixed_memory(n, n, train.TrainConfig(shard=True)) == 4 * n
+    add_lora(model, 3, 16.0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count_parameters(model) == (trained, n)
+    config.lora_rank = 3
+    assert fixed_memory(trained, n, config) == 2 * n + 16 * trained
+
+
+@pytest.mark.parametrize("pairs", [[], [50, 40]])
+def test_running_out_of_memory_says_what_was_needed_and_what_helps(pairs, folder, monkeypatch):
+    """The micro-batch is named where one ran; else the model itself did not fit."""
+    config = train.TrainConfig(str(folder / "model"), device="cuda:0")
+
+    class Card:
+        total_memory = 3 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    pairs = random_pairs([(10, n - 20, 10) for n in pairs])
+    with pytest.raises(ValueError) as error, out_of_memory_advice(config, pairs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    n = 16 * sum(p.numel() for p in Transformer.from_pretrained(folder / "model").parameters())
+    message = str(error.value)
+    assert f"{n / 2**20:.0f} MB for weights, gradients and" in message and "3.00 GB" in message
+    assert ("a micro-batch of 90 tokens" in message) == bool(pairs)
+    for way in ("micro-batch-tokens", "max-length", "activation-checkpointing", "lora-rank"):
+        assert f"--{way}" in message
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "save_every", "keep", "expected"),
+    [(100, 0, 2, 0), (100, 500, 2, 1), (501, 500, 2, 2), (9000, 500, 2, 3), (9000, 500, 1, 2)],
+)
+def test_the_disk_that_the_plan_counts_is_what_a_run_writes(n_steps, save_every, keep, expected):
+    """A model of float32, and checkpoints of it and two moments: one more than are kept."""
+    model = Transformer(ModelConfig(100, 16, 2, 2, 24))
+    n = 4 * sum(p.numel() for p in model.parameters())
+    config = train.TrainConfig(save_every=save_every, keep=keep)
+    wanted = n + 3 * n * expected, expected
+    assert disk_needed(model, n_steps, config) == wanted
+
+
+def test_the_disk_that_the_plan_asks_for_holds_the_best_model_and_adapters(tmp_path):
+    model = Transformer(ModelConfig(100, 16, 2, 2, 24, dtype="bfloat16"))
+    n = sum(p.numel() for p in model.parameters())
+    config = train.TrainConfig(save_every=0)
+    assert disk_needed(model, 9, config)[0] == 2 * n
+    config.eval_every = 5
+    assert disk_needed(model, 9, config)[0] == 4 * n
+    add_lora(model, 4, 8.0)
+    adapters = sum(p.numel() for p in trainable(model))
+    config.lora_rank = 4
+    assert disk_needed(model, 9, config)[0] == 4 * n
+    config.lora_adapters = True
+    assert disk_needed(model, 9, config)[0] == 4 * n + 4 * adapters
+
+
+def test_the_files_of_a_run_are_as_large_as_the_plan_says(whole):
+    model = Transformer.from_pretrained(whole.out / "model")
+    needed, n_checkpoints = disk_needed(model, 12, train.TrainConfig())
+    files = [*whole.out.glob("model/*.safetensors"), *whole.out.glob("checkpoints/*/*.distcp")]
+    assert n_checkpoints == 1
+    # Each tensor of a checkpoint has a header, which counts where tensors are tiny.
+    assert sum(file.stat().st_size for file in files) == pytest.approx(needed, rel=0.15)
