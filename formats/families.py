@@ -16,7 +16,7 @@ import torch
 
 
 class Family(NamedTuple):
-    """Keys and values of ModelConfig, names of parameters. What is not said is as in Llama."""
+    """Keys and values of ModelConfig, names of parameters. Fields that are not set are Llama's."""
 
     architecture: str
     keys: dict = {}  # our field: its key in config.json  # noqa: RUF012
@@ -53,6 +53,7 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", supported=ROPE, windows=True),
     "qwen2": Family("Qwen2ForCausalLM", values={"qkv_bias": True}, supported=ROPE, windows=True),
     "qwen3": Family(
+        # qk_norm adds self_attn.q_norm and k_norm, which have these names in the checkpoint too.
         "Qwen3ForCausalLM", keys=BIASES, values={"qk_norm": True, "head_dim": 128},
         supported=ROPE, windows=True,
     ),
@@ -208,7 +209,8 @@ def write_config(folder: Path, config, dtype: torch.dtype):
 
 
 def stored_names(family: Family, ours) -> dict[str, list[str]]:
-    """Names in a checkpoint, without prefix: our parameters, which GPT-2 and Phi-3 stack partly."""
+    """{name in a checkpoint, without prefix: our parameters in it}; GPT-2 and Phi-3 store several
+    as one matrix."""
     found = {}
     for name in ours:
         *layer, module, leaf = re.fullmatch(r"(?:(layers)\.(\d+)\.)?(.+)\.(\w+)", name).groups()

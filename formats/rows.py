@@ -25,7 +25,7 @@ class Preference(NamedTuple):
     rejected: str | list[dict]
     accept: list[str] | None  # answers that count as right, where they can be listed
     where: str  # FILE:LINE
-    ignored: tuple[str, ...] = ()  # keys whose values are not used and stand nowhere else
+    ignored: tuple[str, ...] = ()  # keys that are neither used nor repeated elsewhere in the row
     guessed: bool = False  # no key held the prompt: it is how both answers begin
 
     @property
@@ -154,8 +154,8 @@ def warnings_of(rows: list[Preference]) -> list[str]:
         more = f" and {len(ignored) - 20} others" if len(ignored) > 20 else ""
         warnings.append(f"ignored columns: {', '.join(keys)}{more}")
     if guessed := [row for row in rows if row.guessed]:
-        text = f"{len(guessed)} of {len(rows)} rows name no prompt, as {guessed[0].where}:"
-        warnings.append(f"{text} what chosen and rejected begin with is taken for it")
+        text = f"{len(guessed)} of {len(rows)} rows have no prompt (first: {guessed[0].where});"
+        warnings.append(f"{text} the common beginning of chosen and rejected is used")
     if not any(row.prompt for row in rows):
         warnings.append("warning: all prompts are empty")
     # The last character of the prompt and the first of the answer. Not all scripts have spaces.

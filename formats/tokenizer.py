@@ -1,22 +1,21 @@
 """Tokenizers as Hugging Face folders hold them.
 
-Reads      tokenizer.json (byte-pair encoding over bytes: GPT-2, OPT, Phi, Qwen2, Llama 3; or in
-           sentencepiece's manner: Llama 2, Mistral), tokenizer.model (by the sentencepiece
-           library), vocab.json with merges.txt; special tokens from tokenizer_config.json,
-           special_tokens_map.json and added_tokens.json
-Refuses    every other kind (WordPiece, Unigram in JSON, other normalisers and pre-tokenizers) in
-           one sentence that says what was found and what is supported
+Reads      tokenizer.json with byte-pair encoding, over bytes (GPT-2, Llama 3, Qwen, SmolLM2 ...) or
+           in sentencepiece's manner (Llama 2, Mistral, Gemma, Phi-3 ...), by the steps that the
+           file is made of (words.py); tokenizer.model (by the sentencepiece library); vocab.json
+           with merges.txt; special tokens from tokenizer_config.json, special_tokens_map.json and
+           added_tokens.json
+Refuses    every other kind (WordPiece, Unigram in JSON) and every step and option that is not
+           implemented, by its name
 
-By hand and not by the tokenizers library, because a reader can follow two hundred lines and not a
-Rust package, and because a response must be encoded as the continuation of its prompt, which the
+By hand and not by the tokenizers library, because a reader can follow these lines and not a Rust
+package, and because a response must be encoded as the continuation of its prompt, which the
 library does not offer. Every id is held to that library's in tests/peers/.
 """
 
-import functools
 import json
 import re
-import sys
-import unicodedata
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -29,10 +28,15 @@ from formats.chat_template import (
     read_chat_template,
     render_chat_template,
 )
-
-
-class UnsupportedTokenizer(ValueError):
-    """The file is sound, but of a kind that is not implemented here."""
+from formats.files import read_json
+from formats.words import (
+    WHITE_SPACE,
+    UnsupportedStep,
+    Where,
+    make_normalizer,
+    make_pre_tokenizer,
+    steps_of,
+)
 
 
 def load_tokenizer(path, chat_template=None) -> "Tokenizer":
@@ -56,16 +60,16 @@ def load_tokenizer(path, chat_template=None) -> "Tokenizer":
         raise FileNotFoundError(f"{path}: needs {names}: none is there")
     for file in files:
         try:
-            config = _read_json(file.parent / "special_tokens_map.json")
-            config |= _read_json(file.parent / "tokenizer_config.json")
+            config = optional_json(file.parent / "special_tokens_map.json")
+            config |= optional_json(file.parent / "tokenizer_config.json")
             if file.name in ("vocab.json", "merges.txt"):
                 return BPETokenizer(file, config, _vocab_and_merges(file.parent, config))
             if file.suffix == ".json":
-                return BPETokenizer(file, config, _read_json(file))
+                return BPETokenizer(file, config, read_json(file))
             return SentencePieceTokenizer(file, config)
-        except UnsupportedTokenizer:
+        except UnsupportedStep as error:
             if file == files[-1]:
-                raise
+                raise ValueError(f"{file}: {error} is not supported") from None
         except OSError:
             raise
         except Exception as error:  # other people's files can be broken in any way
@@ -73,22 +77,55 @@ def load_tokenizer(path, chat_template=None) -> "Tokenizer":
             raise ValueError(f"{path}: broken tokenizer: {problem}") from None
 
 
-def _read_json(file: Path) -> dict:
+def optional_json(file: Path) -> dict:
     """A JSON object; an empty one where there is no such file."""
-    try:
-        value = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file.name}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file.name}: a JSON object is expected, not {type(value).__name__}")
-    return value
+    return read_json(file) if file.is_file() else {}
 
 
-def _refuse(file: Path, part: str, found):
-    found = json.dumps(found, ensure_ascii=False)[:300]
-    supported = "BPE over bytes with the pre-tokenizer of GPT-2, Qwen2 or Llama 3, and BPE in "
-    supported += "sentencepiece's manner (Llama 2, Mistral); added tokens without lstrip, rstrip"
-    raise UnsupportedTokenizer(f"{file}: its {part} is {found}; supported: {supported}")
+class AddedTokens:
+    """The added tokens in a text: the leftmost, then the longest.
+
+    With lstrip or rstrip a token takes the white space on that side along; with single_word it
+    counts only where no word goes on beside it.
+    """
+
+    def __init__(self, tokens: list[dict]):
+        """tokens: [{"content", "id", flags}]."""
+        self.tokens = {token["content"]: token for token in tokens}
+        flags = "lstrip", "rstrip", "single_word"
+        self.plain = not any(token.get(flag) for token in tokens for flag in flags)
+        # Of the branches of an alternation the first that fits is taken.
+        longest_first = map(re.escape, sorted(self.tokens, key=len, reverse=True))
+        self.pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The parts of a text: ids of added tokens, and the text between them."""
+        if not self.tokens:
+            yield text
+        elif self.plain:
+            for i, part in enumerate(self.pattern.split(text)):
+                if part:
+                    yield int(self.tokens[part]["id"]) if i % 2 else part
+        else:
+            yield from self._split_by_flags(text)
+
+    def _split_by_flags(self, text: str) -> Iterator[str | int]:
+        done = 0
+        for m in self.pattern.finditer(text):
+            token, (start, end) = self.tokens[m.group()], m.span()
+            beside = text[start - 1 : start] + text[end : end + 1]
+            if token.get("single_word") and re.search(r"\w", beside):
+                continue
+            if token.get("lstrip"):
+                start = max(done, len(text[:start].rstrip(WHITE_SPACE)))
+            if token.get("rstrip"):
+                end = len(text) - len(text[end:].lstrip(WHITE_SPACE))
+            if start > done:
+                yield text[done:start]
+            yield int(token["id"])
+            done = end
+        if done < len(text):
+            yield text[done:]
 
 
 class WordIds(dict):
@@ -113,37 +150,25 @@ class WordIds(dict):
 class Tokenizer:
     """What all kinds share: special tokens, the start of a text, the chat template.
 
-    A kind adds encode_text(text, dummy_space) and decode_text(ids, at_start). The dummy space is
-    the space that sentencepiece models put in front of a text, so that its first word is the same
-    token as elsewhere.
+    A kind adds encode_text(text, where) and decode_text(ids, at_start).
     """
-
-    dummy_space_always = False  # also after special tokens, not only at the start of a text
-    unsupported_flags = "single_word", "lstrip", "rstrip"  # of added tokens
 
     def __init__(self, file: Path, config: dict, vocab: dict, added: list[dict], defaults: dict):
         """vocab: {piece: id}. added: tokens beside it, [{"content", "id", flags}]. defaults:
         {"bos_token": id, ...} where config says nothing; where it says null, there is none."""
-        more = _read_json(file.parent / "added_tokens.json").items()
+        more = optional_json(file.parent / "added_tokens.json").items()
         added = [{"content": text, "id": i} for text, i in more] + added
         added += [token | {"id": i} for i, token in config.get("added_tokens_decoder", {}).items()]
-        for token in added:
-            text = token["content"]
-            if token.get("normalized") and not unicodedata.is_normalized("NFC", text):
-                _refuse(file, "added token", token)
-            if any(token.get(flag) for flag in self.unsupported_flags):
-                _refuse(file, "added token", token)
-        self.added = {token["content"]: int(token["id"]) for token in added}
-        ids = vocab | self.added
+        added = {token["content"]: token for token in added}
+        ids = vocab | {text: int(token["id"]) for text, token in added.items()}
         # bos_token, eos_token, ...: the names by which a chat template knows them
-        named = {
-            name: text for name, i in defaults.items() for text in self.added if ids[text] == i
-        }
+        named = {name: text for name, i in defaults.items() for text in added if ids[text] == i}
         for name, token in config.items():
             if name.endswith("_token"):
                 named[name] = token["content"] if isinstance(token, dict) else token
         self.special_tokens = {name: text for name, text in named.items() if text in ids}
-        self.added |= {text: ids[text] for text in self.special_tokens.values()}
+        for text in self.special_tokens.values():
+            added.setdefault(text, {"content": text, "id": ids[text]})
         self.bos_id = ids.get(self.special_tokens.get("bos_token"))
         self.eos_id = ids.get(self.special_tokens.get("eos_token"))
         for text, i in ids.items():
@@ -154,22 +179,24 @@ class Tokenizer:
         template = read_chat_template(file.parent, config)
         self.has_chat_template = bool(template)
         self.chat_template = template or AUTHORS_CHAT_TEMPLATE
-        self.text_of_added = {i: text for text, i in self.added.items()}
-        # Leftmost, then longest: of the branches of an alternation the first that fits is taken.
-        longest_first = map(re.escape, sorted(self.added, key=len, reverse=True))
-        self.added_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.text_of_added = {int(token["id"]): text for text, token in added.items()}
+        self.added = self.find_added([*added.values()])
+
+    def find_added(self, tokens: list[dict]) -> AddedTokens:
+        """Those that are looked for in the text as it is written."""
+        return AddedTokens(tokens)
 
     def encode(self, text: str, bos=False, eos=False, continuation=False) -> list[int]:
         """Token ids. The text of a special token becomes its id, as in transformers.
 
-        continuation: the text continues another one, so it gets no dummy space. bos and
+        continuation: the text continues another one, so nothing is put in front of it. bos and
         eos have no effect where the tokenizer has no such token.
         """
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        dummy_space = not continuation
-        for part in filter(None, self.added_pattern.split(text)):
-            ids += [self.added[part]] if part in self.added else self.encode_text(part, dummy_space)
-            dummy_space = self.dummy_space_always
+        where = Where.CONTINUES if continuation else Where.START
+        for part in self.added.split(text):
+            ids += [part] if isinstance(part, int) else self.encode_text(part, where)
+            where = Where.INSIDE
         return [*ids, self.eos_id] if eos and self.eos_id is not None else ids
 
     def decode(self, ids) -> str:
@@ -200,7 +227,7 @@ class Tokenizer:
             says_bos = "bos_token" in template
         if bos and not says_bos:
             template = BOS_IN_FRONT + template
-        config = _read_json(folder / "tokenizer_config.json")
+        config = optional_json(folder / "tokenizer_config.json")
         if template == read_chat_template(folder, config):
             return
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -249,7 +276,9 @@ class SentencePieceTokenizer(Tokenizer):
         encode = self.sp_continuation.encode
         self.word_ids = WordIds(lambda word: tuple(map(shared, encode(word))))
         # After a special token only old ("legacy") Llama tokenizers add the dummy space.
-        self.dummy_space_always = bool(config.get("legacy", False))
+        self.dummy_space_at = {Where.START, *[Where.INSIDE] * bool(config.get("legacy"))}
+        if config.get("add_prefix_space") is False:
+            self.dummy_space_at = set()
         vocab = {self.sp.id_to_piece(i): i for i in range(self.sp.vocab_size())}
         self.splits = self._splits(vocab)
         control = {p: i for p, i in vocab.items() if self.sp.is_control(i) or self.sp.is_unknown(i)}
@@ -258,7 +287,10 @@ class SentencePieceTokenizer(Tokenizer):
         defaults = {f"{name}_token": getattr(self.sp, f"{name}_id")() for name in names}
         super().__init__(file, config, vocab, added, defaults)
 
-    def encode_text(self, text: str, dummy_space: bool) -> list[int]:
+    def encode_text(self, text: str, where: Where) -> list[int]:
+        # The dummy space is the space that sentencepiece models put in front of a text, so that
+        # its first word is the same token as elsewhere.
+        dummy_space = where in self.dummy_space_at
         # Where the model removes leading spaces, the dummy space in front of a continuation
         # stands for the spaces that it begins with.
         dummy_space |= self.strips_spaces and text[0] == " "
@@ -287,41 +319,6 @@ class SentencePieceTokenizer(Tokenizer):
 # ---------------------------------------------------------------------------------------------
 # Byte-pair encoding by hand.
 
-# How published byte-level tokenizers split a text into words before any merge; OPT and Phi do as
-# GPT-2. Which characters are letters depends on the Unicode version of the running Python, which
-# may differ from the tokenizers library's in letters that were assigned lately.
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-# White space as Unicode and the tokenizers library have it; Python's includes \x1c to \x1f.
-WHITE_SPACE = re.sub("[\x1c-\x1f]", "", "".join(c for c in map(chr, range(0x3001)) if c.isspace()))
-
-
-@functools.cache
-def _word_pattern(published: str, n_characters: int = sys.maxunicode + 1) -> re.Pattern:
-    r"""Python's re has no \p{L} and \p{N}: they are written out here, as ranges of characters."""
-    categories = "".join(unicodedata.category(chr(i))[0] for i in range(n_characters))
-    members = {r"\s": WHITE_SPACE, r"\S": "^" + WHITE_SPACE}
-    for major in "LN":
-        runs = (m.span() for m in re.finditer(f"{major}+", categories))
-        members[rf"\p{{{major}}}"] = "".join(rf"\U{a:08x}-\U{b - 1:08x}" for a, b in runs)
-    # A class that stands outside of brackets gets brackets of its own.
-    pattern = re.sub(r"(\\p\{.\}|\\[sS])(?![^\[]*\])", r"[\1]", published)
-    for name, characters in members.items():
-        pattern = pattern.replace(name, characters)
-    return re.compile(pattern)
-
-
-def split_words(text: str, published: str) -> list[str]:
-    """The words of a text by one of the published patterns."""
-    # Most texts are ASCII, and the short ranges of that make the search six times as fast.
-    pattern = _word_pattern(published, 128) if text.isascii() else _word_pattern(published)
-    return pattern.findall(text)
-
-
 # Byte-level pieces are written in printable characters, one for each byte: itself where it is
 # printable in Latin-1, else the next of those from U+0100 on (a space is Ġ).
 CHARACTER_OF_BYTE = {i: chr(i) for i in range(256) if chr(i).isprintable() and chr(i) != " "}
@@ -329,103 +326,116 @@ _UNPRINTABLE = [byte for byte in range(256) if byte not in CHARACTER_OF_BYTE]
 CHARACTER_OF_BYTE |= {byte: chr(256 + i) for i, byte in enumerate(_UNPRINTABLE)}
 BYTE_OF_CHARACTER = {character: bytes([byte]) for byte, character in CHARACTER_OF_BYTE.items()}
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # sentencepiece's byte fallback
-LLAMA2_DECODER = [
-    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-    {"type": "ByteFallback"},
-    {"type": "Fuse"},
-    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-]
 
 
 class BPETokenizer(Tokenizer):
-    """tokenizer.json: byte-pair merges over the bytes of words (GPT-2, Qwen2, Llama 3), or over
-    characters with ▁ for a space (Llama 2, Mistral). Its post_processor is not used."""
+    """tokenizer.json: byte-pair merges over the bytes of words, or over characters with ▁ for a
+    space. Its post_processor is not used."""
 
     def __init__(self, file: Path, config: dict, spec: dict):
         model = spec["model"]
-        options = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
-        unsupported = [option for option in options if model.get(option)]
-        if model.get("type", "BPE") != "BPE" or unsupported:
-            _refuse(file, "model", [model.get("type"), *unsupported])
+        if model.get("type", "BPE") != "BPE":
+            raise UnsupportedStep(f"a model of type {model['type']!r:.80}")
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise UnsupportedStep(f"a model with {option} {model[option]!r:.80}")
         self.vocab, self.ignore_merges = model["vocab"], model.get("ignore_merges")
+        self.byte_fallback, self.fuse_unk = model.get("byte_fallback"), model.get("fuse_unk")
+        self.unknown = model.get("unk_token")
         self.pieces = {i: piece for piece, i in self.vocab.items()}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
         for a, b in self.ranks:
             if not a or not b or a + b not in self.vocab:
                 raise ValueError(f"{file.name}: merging {a!r} and {b!r} gives no token")
-        steps = (_steps(spec, part) for part in ("normalizer", "pre_tokenizer", "decoder"))
-        self._set_steps(file, config, *steps)
-        alphabet = set(BYTE_OF_CHARACTER if self.byte_level else [*BYTE_PIECES, "▁"])
-        if not (self.byte_level or model.get("byte_fallback")) or not alphabet <= self.vocab.keys():
-            _refuse(file, "model", "without byte_fallback, or without a piece for each byte")
+        self._set_steps(config, spec)
         self.word_ids = WordIds(self.merge_word)
         # GPT-2's tokenizer_config.json names no special tokens, but the model's has their ids.
-        ids = _read_json(file.parent / "config.json")
+        ids = optional_json(file.parent / "config.json")
         defaults = {name: ids.get(f"{name}_id") for name in ("bos_token", "eos_token")}
         super().__init__(file, config, self.vocab, spec.get("added_tokens") or [], defaults)
         if not self.byte_level:  # an added token is decoded like any piece: its ▁ is a space too
-            self.pieces, self.text_of_added = self.pieces | self.text_of_added, {}
+            normalized = {int(t["id"]): text for text, t in self.normalized_added.tokens.items()}
+            self.pieces, self.text_of_added = self.pieces | self.text_of_added | normalized, {}
 
-    def _set_steps(self, file: Path, config: dict, normalizer, pre_tokenizer, decoder):
-        """Sets what happens before the merges: NFC, the dummy space, and `words`, which splits a
-        text into parts that no merge crosses."""
+    def _set_steps(self, config: dict, spec: dict):
+        """Sets what happens before the merges, and how pieces become text again."""
+        parts = ("normalizer", "pre_tokenizer", "decoder")
+        normalizer, pre_tokenizer, decoder = (steps_of(spec, part) for part in parts)
         # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says.
-        llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-        legacy = bool(config.get("legacy", not llama))
-        self.nfc = normalizer == [{"type": "NFC"}]
-        self.prepend_always = False  # the dummy space also where the text begins with one
-        self.byte_level = decoder != LLAMA2_DECODER
-        if self.byte_level and [step["type"] for step in decoder] != ["ByteLevel"]:
-            _refuse(file, "decoder", decoder)
-        asked = {"add_prefix_space": True} if config.get("add_prefix_space") else {}
-        steps = [{"use_regex": True} | step | asked for step in pre_tokenizer]
-        match self.byte_level, normalizer[self.nfc :], steps:
-            case True, [], [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-                self.words = functools.partial(split_words, published=GPT2_WORDS)
-            case True, [], [
-                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", **options},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ] if regex in (GPT2_WORDS, QWEN2_WORDS, LLAMA3_WORDS) and not options.get("invert"):
-                self.words = functools.partial(split_words, published=regex)
-            case False, [], [
-                {"type": "Metaspace", "replacement": "▁", "split": False, **options}
-            ] if options.get("prepend_scheme") in ("first", "always"):
-                self.dummy_space_always = legacy and options["prepend_scheme"] == "always"
-            case False, [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ], []:
-                self.dummy_space_always, self.prepend_always = legacy, True
-                if not llama:
-                    self.unsupported_flags = (*self.unsupported_flags, "normalized")
-            case _:
-                _refuse(file, "normalizer and pre_tokenizer", [normalizer, pre_tokenizer, asked])
-        if not self.byte_level:
-            # A whole text is one word. But where no merge reaches over a space, splitting in front
-            # of spaces changes nothing, and words that occur again can be cached.
-            inside = any("▁" in (a + b).lstrip("▁") for a, b in self.ranks)
-            whole_text = self.ignore_merges or inside
-            self.words = re.compile("(?s:.+)" if whole_text else "▁*[^▁]+|▁+").findall
+        self.llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        self.inside = Where.INSIDE if config.get("legacy", not self.llama) else Where.CONTINUES
+        kinds = [step["type"] for step in decoder]
+        self.byte_level = kinds == ["ByteLevel"]
+        if self.byte_level != any(step["type"] == "ByteLevel" for step in pre_tokenizer):
+            raise UnsupportedStep("a decoder of another kind than the pre_tokenizer")
+        sentencepiece_like = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+        if not self.byte_level and not (kinds and {*kinds} <= sentencepiece_like):
+            raise UnsupportedStep(f"a decoder of {', '.join(kinds) or 'no steps'}")
+        if self.byte_level and pre_tokenizer[-1]["type"] != "ByteLevel":
+            raise UnsupportedStep("a pre_tokenizer with a step after ByteLevel")
+        self.strips = bool({"Strip", "Metaspace"} & {*kinds})
+        self.joins_bytes = "ByteFallback" in kinds
+        asked = config.get("add_prefix_space")
+        if asked is not None:
+            normalizer, pre_tokenizer = with_prefix(asked, normalizer, pre_tokenizer)
+        self.normalize = make_normalizer(normalizer)
+        self.words = make_pre_tokenizer(pre_tokenizer)
+        # Where a whole text is one word, and no merge reaches over a space, splitting in front of
+        # spaces changes nothing, and words that occur again can be cached.
+        inside = any("▁" in (a + b).lstrip("▁") for a, b in self.ranks)
+        self.resplit = not (self.byte_level or self.ignore_merges or inside)
 
-    def encode_text(self, text: str, dummy_space: bool) -> list[int]:
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        if not self.byte_level:
-            if dummy_space and (self.prepend_always or text[0] not in " ▁"):
-                text = "▁" + text
-            text = text.replace(" ", "▁")
-        return self.word_ids.of(self.words(text))
+    def find_added(self, tokens: list[dict]) -> AddedTokens:
+        """Without those that are looked for in the normalized text, as they are normalized."""
+        raw, normalized = [], []
+        for token in tokens:
+            if token.get("normalized") and not self.llama:
+                content = self.normalize(token["content"], Where.INSIDE)
+                normalized.append(token | {"content": content})
+            else:
+                raw.append(token)
+        self.normalized_added = AddedTokens(normalized)
+        return AddedTokens(raw)
+
+    def encode_text(self, text: str, where: Where) -> list[int]:
+        if where == Where.INSIDE:
+            where = self.inside
+        text, ids = self.normalize(text, where), []
+        for part in self.normalized_added.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                where = self.inside
+                continue
+            words = self.words(part, where)
+            if self.resplit:
+                words = chain.from_iterable(map(SPACES_AND_WORD, words))
+            ids += self.word_ids.of(words)
+            where = self.inside
+        return ids
 
     def merge_word(self, word: str) -> tuple[int, ...]:
-        """The ids of one word. A character that the vocabulary lacks is encoded as its bytes."""
+        """The ids of one word. A character that the vocabulary lacks is encoded as its bytes, where
+        it has these, else as the unknown token, and without one it is left out."""
         if self.byte_level:
             word = word.encode().decode("latin-1").translate(CHARACTER_OF_BYTE)
         if self.ignore_merges and word in self.vocab:
             return (self.vocab[word],)
-        symbols = []
+        symbols, waiting = (
+            [],
+            [],
+        )  # an unknown token waits for the next known one, as in the library
         for c in word:
-            symbols += [c] if c in self.vocab else [f"<0x{byte:02X}>" for byte in c.encode()]
+            as_bytes = [f"<0x{byte:02X}>" for byte in c.encode()] if self.byte_fallback else []
+            if c in self.vocab:
+                symbols += [*waiting, c]
+                waiting = []
+            elif as_bytes and all(piece in self.vocab for piece in as_bytes):
+                symbols += as_bytes
+            elif self.unknown:
+                symbols += [] if self.fuse_unk else waiting
+                waiting = [self.unknown]
+        symbols += waiting
         return tuple(self.vocab[symbol] for symbol in merge_symbols(symbols, self.ranks))
 
     def decode_text(self, ids: list[int], at_start: bool) -> str:
@@ -437,7 +447,7 @@ class BPETokenizer(Tokenizer):
             return raw.decode("utf-8", errors="replace")
         text = ""
         for is_byte, run in groupby(pieces, key=BYTE_PIECES.__contains__):
-            if is_byte:
+            if is_byte and self.joins_bytes:
                 raw = bytes(map(BYTE_PIECES.get, run))
                 try:
                     text += raw.decode()
@@ -445,7 +455,29 @@ class BPETokenizer(Tokenizer):
                     text += "\ufffd" * len(raw)
             else:
                 text += "".join(run).replace("▁", " ")
-        return text.removeprefix(" ") if at_start else text
+        return text.removeprefix(" ") if at_start and self.strips else text
+
+
+SPACES_AND_WORD = re.compile("▁*[^▁]+|▁+").findall
+
+
+def with_prefix(asked: bool, normalizer: list[dict], pre_tokenizer: list[dict]):
+    """Both lists of steps, as add_prefix_space of tokenizer_config.json wants them."""
+    if not asked:
+        normalizer = [step for step in normalizer if step["type"] != "Prepend"]
+    changed = []
+    for step in pre_tokenizer:
+        if step["type"] == "Metaspace" and not asked:
+            step = step | {"prepend_scheme": "never"}
+        if step["type"] == "ByteLevel" and step.get("add_prefix_space", True) != asked:
+            if len(pre_tokenizer) > 1:  # transformers ignores the flag there
+                raise UnsupportedStep(
+                    f"add_prefix_space {asked} of tokenizer_config.json, which tokenizer.json "
+                    "contradicts,"
+                )
+            step = step | {"add_prefix_space": asked}
+        changed.append(step)
+    return normalizer, changed
 
 
 def merge_symbols(symbols: list[str], ranks: dict) -> list[str]:
@@ -474,12 +506,18 @@ def merge_symbols(symbols: list[str], ranks: dict) -> list[str]:
     return [symbol for symbol in symbols if symbol]
 
 
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def _vocab_and_merges(folder: Path, config: dict) -> dict:
     """GPT-2's older pair of files (and Qwen2's) in the form of a tokenizer.json."""
     kind = str(config.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
     if kind not in ("GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"):
-        _refuse(folder / "tokenizer_config.json", "tokenizer_class", kind)
-    vocab, file = _read_json(folder / "vocab.json"), folder / "merges.txt"
+        raise UnsupportedStep(f"tokenizer_class {kind!r:.80}")
+    vocab, file = optional_json(folder / "vocab.json"), folder / "merges.txt"
     if not vocab or not file.is_file():
         raise FileNotFoundError(f"{folder}: vocab.json and merges.txt go together; one is missing")
     merges = file.read_text(encoding="utf-8").splitlines()
@@ -496,16 +534,3 @@ def _vocab_and_merges(folder: Path, config: dict) -> dict:
         "decoder": {"type": "ByteLevel"},
         "added_tokens": [{"content": special, "id": vocab[special]}] if special in vocab else [],
     }
-
-
-def _steps(spec: dict, part: str) -> list[dict]:
-    """The steps of a part of tokenizer.json: of a Sequence all of them, else the only one."""
-    step = spec.get(part)
-    if not step:
-        return []
-    # The list is called normalizers, decoders, but pretokenizers without the underscore.
-    return step.get(part.replace("_", "") + "s", []) if step["type"] == "Sequence" else [step]
-
-
-# ---------------------------------------------------------------------------------------------
-# Chat templates.

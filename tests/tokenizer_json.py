@@ -1,6 +1,8 @@
-"""tokenizer.json by hand, of the kinds that tokenizer.py reads."""
+"""tokenizer.json by hand, of the kinds that formats/tokenizer.py reads."""
 
-from formats.tokenizer import CHARACTER_OF_BYTE
+from formats.tokenizer import CHARACTER_OF_BYTE, QWEN2_WORDS
+
+LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 MARK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

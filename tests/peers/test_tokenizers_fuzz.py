@@ -28,7 +28,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
-from formats.tokenizer import GPT2_WORDS, LLAMA3_WORDS, QWEN2_WORDS, WHITE_SPACE, load_tokenizer
+from formats.tokenizer import QWEN2_WORDS, load_tokenizer
+from formats.words import GPT2_WORDS, WHITE_SPACE
+from tests.tokenizer_json import LLAMA3_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
