@@ -9,7 +9,8 @@ prompt are gathered a second time for segment 2, and not computed again. A decod
 segment with one query, and an ordinary sequence one with as many queries as keys.
 
 On CUDA in bfloat16 this is one call of Flash `varlen_attn` a layer. The second half of this file is
-for everything else: a CPU, float32, odd head sizes. A loop over segments would give its numbers.
+for everything else: a CPU, float32, odd head sizes. It gives what a loop over segments would, in
+fewer calls.
 """
 
 import functools
@@ -49,14 +50,13 @@ class Segments(NamedTuple):
 
     @classmethod
     def of(cls, q_lens, k_lens, key_index: Tensor | None = None, device=None) -> "Segments":
-        """From the lengths of queries and keys on the host; key_index (M,) is on the device."""
+        """From the lengths of queries and keys; key_index (M,) is on `device` already."""
         lengths = tuple(zip(q_lens, k_lens, strict=True))
         starts = (np.cumsum([0, *lens], dtype=np.int32) for lens in (q_lens, k_lens))
         cu_q, cu_k = (to_device(torch.from_numpy(x), device) for x in starts)
         segments = cls(lengths, max(q_lens, default=0), max(k_lens, default=0), cu_q, cu_k)
         if key_index is None:
             return segments
-        # Without the host: nothing here waits for the device.
         n, copies = sum(q_lens), torch.arange(len(key_index), device=key_index.device)
         first = copies.new_full((n,), len(copies)).scatter_reduce(0, key_index, copies, "amin")
         last = copies.new_zeros(n).scatter_reduce(0, key_index, copies, "amax")
@@ -88,8 +88,8 @@ class Gather(torch.autograd.Function):
         return torch.where(twice, first + last, first), None, None, None
 
 
-# torch 2.13 wants to be told that several query heads share a key head; 2.11 has no such argument.
-SHARED_HEADS = {"enable_gqa": True} if torch.__version__ >= (2, 13) else {}
+# torch 2.12 wants to be told that several query heads share a key head; 2.11 has no such argument.
+SHARED_HEADS = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 USE_VARLEN = True  # tests set it to False, to compare the two paths on one device
 
 
@@ -116,7 +116,7 @@ class KVCache:
     """Keys and values of sequences of any lengths, which grow while generating.
 
     Packed like everything else: each sequence has a run of rows, as many as the tokens that it may
-    come to have, so nothing moves while it grows. key_index of Segments says whose a row is.
+    come to have, so nothing moves while it grows. Segments.key_index says which rows are whose.
     """
 
     def __init__(self, config, sizes, device, dtype):
@@ -147,7 +147,7 @@ def _ranges(starts, lengths) -> Tensor:
 
 @torch.compiler.disable  # its lengths are new in every micro-batch; around it a block compiles once
 def attention_without_varlen(q: Tensor, k: Tensor, v: Tensor, segments, window) -> Tensor:
-    """`attention`, with as few calls of a kernel as pay.
+    """`attention`, with neighbouring segments padded so that they share a call of the kernel.
 
     A call costs about as much as 2^16 scores, so neighbouring segments share one, padded to the
     longest of them, while the padding costs no more than that.
@@ -242,8 +242,10 @@ def _neighbours(lengths) -> list[list[tuple[int, int]]]:
 
 
 def _padded_rows(parts) -> tuple[np.ndarray, np.ndarray]:
-    """For runs of rows end to end, padded in groups (lengths, padded length): which row fills each
-    row of the rectangles, and at which of these each row is."""
+    """parts: for each rectangle, the lengths of its runs and the length that they are padded to.
+
+    Returns which source row fills each row of the rectangles, and where each source row now is.
+    """
     index, rows, start, n_filled = [], [], 0, 0
     for lens, size in parts:
         place, ends = np.arange(size), start + np.cumsum(lens)

@@ -61,20 +61,21 @@ class Pair(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Of the packed run, which has the prompt once."""
+        """Tokens of the packed run; the prompt counts once."""
         return sum(self.lengths)
 
 
 def encode_prompt(tokenizer, text: str, chat: bool = False) -> list[int]:
     """A prompt as the model sees it: BOS once in front, also where a template wrote it already.
 
-    chat: the text is a chat template's. Then BOS is put in front as text, as the template says it
-    that is saved with the model, because some tokenizers encode what follows it in another way
-    than what begins a text.
+    chat: the text is a chat template's. Then BOS goes in as text, as the template writes it that is
+    saved with the model, because some tokenizers encode the start of a text in another way.
     """
     bos = tokenizer.special_tokens.get("bos_token", "") if chat else ""
     ids = tokenizer.encode(text if text.startswith(bos) else bos + text)
-    return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
+    if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
+        return ids
+    return [tokenizer.bos_id, *ids]
 
 
 def texts_of(tokenizer, row: Preference) -> tuple[str, list[str]]:
@@ -281,15 +282,16 @@ def micro_batches(
     sft_loss "response": 1/(pairs * m) for each of the m tokens of a chosen response;
     sft_loss "full": 1/(such tokens) for every predicted token of prompt and chosen, as in TRL.
     """
-    n_tokens = sum(p + c - 1 for p, c, _ in (pair.lengths for pair in pairs))
+    n_full = None
+    if sft_loss == "full":
+        n_full = sum(p + c - 1 for p, c, _ in (pair.lengths for pair in pairs))
     shares = [split_by_tokens(share, budget) for share in balance_over_ranks(pairs, world_size)]
     parts, most = shares[rank], max(map(len, shares))
     parts += [[] for _ in range(most - len(parts))]
-    n_full = n_tokens if sft_loss == "full" else None
     return [_pack(part, len(pairs), n_full, multiple) for part in parts]
 
 
-class _Run(NamedTuple):
+class _PairRows(NamedTuple):
     """One pair's part of the Batch, as arrays, with the batch's own rows and pair numbers."""
 
     tokens: np.ndarray
@@ -301,7 +303,7 @@ class _Run(NamedTuple):
     nll_weight: np.ndarray
 
 
-def _lay_out(pair: Pair, i: int, at: int, n_pairs: int, n_full: int | None) -> _Run:
+def _lay_out(pair: Pair, i: int, at: int, n_pairs: int, n_full: int | None) -> _PairRows:
     """Pair i, whose first token is row `at` of the batch. n_full: the tokens of the step that count
     where the SFT term covers the prompt too, else None."""
     p, c, r = pair.lengths
@@ -314,7 +316,7 @@ def _lay_out(pair: Pair, i: int, at: int, n_pairs: int, n_full: int | None) -> _
     first = p if n_full is None else 1  # of prompt and chosen: the first that has a weight in L_SFT
     predict = np.r_[at + first - 1 : rejected_at - 1, chosen_at - 1, rejected_at : end - 1]
     weight = 1 / (n_pairs * c if n_full is None else n_full)
-    return _Run(
+    return _PairRows(
         tokens=np.concatenate([pair.prompt, pair.chosen, pair.rejected]),
         positions=np.r_[0 : p + c, p : p + r],
         key_index=key_index,
@@ -337,9 +339,11 @@ def _pack(pairs: list[Pair], n_pairs: int, n_full: int | None, multiple: int) ->
     if padding:
         q_lens.append(padding)
         k_lens.append(padding)
-    zeros, unread = np.zeros(padding, int), np.zeros(more_rows, int)
-    place, nobody = np.arange(padding), np.full(more_rows, -1)
-    runs.append(_Run(zeros, place, n_tokens + place, unread, unread, nobody, unread))
+    place, zero_rows = np.arange(padding), np.zeros(more_rows, int)
+    no_response = np.full(more_rows, -1)
+    runs.append(
+        _PairRows(0 * place, place, n_tokens + place, zero_rows, zero_rows, no_response, zero_rows)
+    )
     # Groups of whole pairs; the padding goes with the last.
     ends = [0, *accumulate(rows)]
     groups = [(ends[i], ends[j]) for i, j in _split_sizes(rows, GROUP_ROWS)]
@@ -349,7 +353,7 @@ def _pack(pairs: list[Pair], n_pairs: int, n_full: int | None, multiple: int) ->
     def join(parts, dtype=np.int64) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(dtype))
 
-    columns = _Run(*zip(*runs, strict=True))
+    columns = _PairRows(*zip(*runs, strict=True))
     return Batch(
         tokens=join(columns.tokens),
         positions=join(columns.positions),

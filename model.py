@@ -2,7 +2,7 @@
 
 Notable features:
 - One architecture. A family (Llama, Mistral, Qwen2, Qwen3, Phi, Phi-3, GPT-2, OPT) is a set of
-  values of ModelConfig, never a subclass. Names and files of Hugging Face are formats/'s.
+  values of ModelConfig, never a subclass. formats/ knows Hugging Face's names and files.
 - A packed micro-batch has no batch axis and no padding: N tokens in a row, and `Segments` says
   which queries see which keys (attention.py). So a shared prompt is computed once.
 - A decoding step is the same attention call with one query, and so is a rejected response over its
@@ -13,7 +13,7 @@ stream and the matrix products are in `compute_dtype`, to which a weight is cast
 Norms compute in float32 inside (float64 for float64), rotary angles in float32. No dropout.
 
 Letters: B sequences, T positions, N packed tokens, M gathered keys, S segments, D model width,
-E width of embeddings (D but in OPT-350M), H heads, K key/value heads, d head size, V vocabulary.
+E width of embeddings (D except in OPT-350M), H heads, K key/value heads, d head size, V vocabulary.
 """
 
 import functools
@@ -67,7 +67,7 @@ class ModelConfig:
     parallel: bool = False  # attention and MLP side by side, after one norm
     rotary_fraction: float = 1.0  # of each head's dimensions
     rope_scaling: dict = field(default_factory=dict)  # {"rope_type": "linear" or "llama3", ...}
-    position_offset: int | None = None  # learned positions; position 0 is this row of them
+    position_offset: int | None = None  # the row of position 0 in a table that is learned
     windows: list = field(default_factory=list)  # keys that a query of each layer sees; None: all
     source: dict = field(default_factory=dict, repr=False)  # config.json as it was read
 
@@ -302,8 +302,8 @@ class Transformer(nn.Module):
     def projection(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(P, E) hidden states and the (V, E) matrix whose product is the logits.
 
-        Where lm_head has a bias (Phi) both get columns more: a one and the bias, and zeros, as
-        matrix products want multiples of 8.
+        A bias (Phi) becomes one more column, times a column of ones; seven columns of zeros keep
+        the width a multiple of 8, which matrix products want.
         """
         weight = self.lm_head_weight
         if self.lm_head is None or self.lm_head.bias is None:
@@ -411,9 +411,10 @@ class Transformer(nn.Module):
         total = sum((4 + 2 * p.requires_grad) * p.numel() for p in weights) * sum(map(sum, lengths))
         frozen = not self.lm_head_weight.requires_grad
         total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.embed_dim
-        p, m, r = np.array(lengths, int).reshape(-1, 3).T
+        prompt, chosen, rejected = np.array(lengths, int).reshape(-1, 3).T
         for window in c.windows:
-            keys = keys_seen(p + m, window) + keys_seen(p + r, window) - keys_seen(p, window)
+            keys = keys_seen(prompt + chosen, window)
+            keys += keys_seen(prompt + rejected, window) - keys_seen(prompt, window)
             total += 12 * c.n_heads * c.head_dim * int(keys.sum())
         return total
 
@@ -437,7 +438,7 @@ class Transformer(nn.Module):
         room = np.minimum(max_new_tokens, context - lengths)  # tokens that may still come
         cache = KVCache(self.config, lengths + room, device, dtype)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        rows = np.flatnonzero(room > 0)  # of the n prompts that continue, here and on the device
+        rows = np.flatnonzero(room > 0)  # of the n prompts that are not at their end, on the host
         index = to_device(torch.from_numpy(rows), device)
         new = [torch.as_tensor(prompts[i], dtype=torch.int64) for i in rows]
         new = torch.cat(new or [index]).to(device)  # (N,): the prompts, later a token of each

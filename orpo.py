@@ -9,13 +9,13 @@ For a prompt x, a chosen response y_w and a rejected one y_l, with m = |y|:
     L_ORPO     = E[L_SFT + lam * L_OR]                              (Eq. 6)
 
 Part 1 is the objective over mean log-probabilities, part 2 the plain path from logits to those,
-part 3 a fast path from hidden states that never keeps a (tokens x vocabulary) tensor. Part 2 is
+part 3 a fast path from hidden states, which keeps the logits of a few rows at a time. Part 2 is
 the definition; tests/test_orpo.py holds part 3 to it, and `make gradcheck` prints the comparison.
 
 README.md ("Choices") lists where the paper, TRL and the authors' code differ, and what is done.
 Two choices are visible in this file. The gradient is that of the loss, while Eq. 8-10 of the paper
-print the ascent direction. At certainty (P = 1) loss and gradient are the limits. Which tokens
-L_SFT covers is data (`nll_weight` in part 3), and no mode of the code.
+print the ascent direction. At certainty (P = 1) loss and gradient are the limits. L_SFT covers the
+tokens that have a weight in `nll_weight` (part 3); there is no flag for it here.
 
 This file imports torch only: copy it into your project.
 """
@@ -191,7 +191,7 @@ def _softmax_of_others(logits: Tensor, targets: Tensor) -> Tensor:
     logsumexp of the other logits they are z_t - r, and log p = log sigmoid(z_t - r) and
     1 - p = sigmoid(r - z_t) keep their digits where a log-softmax would have rounded to 0.
 
-    A few rows at a time, so that what is float32 of bfloat16 logits is small, and stays in a cache.
+    A few rows at a time, so that the float32 copy of bfloat16 logits is small and stays in a cache.
     """
     token_log_odds = []
     n_rows = max(1, 2 ** (24 if logits.is_cuda else 20) // logits.shape[1])
@@ -220,7 +220,7 @@ def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, rounded no lower than float32 where the device's kernel can hand out its sums."""
+    """a @ b; on a GPU the float32 sums of bfloat16 products, which are not rounded."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

@@ -189,8 +189,10 @@ def metrics_of(outputs: list[ORPOOutput], lam: float, n_pairs: int) -> dict[str,
     shares = {
         "loss": torch.stack([o.loss.detach().double() for o in outputs]).sum(),
         "nll_loss": torch.stack([o.nll_loss for o in outputs]).sum(),
-        "log_odds_ratio": -pair_losses.sum() / n_pairs,  # TRL's name: mean log *sigmoid* of the ...
-        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).sum() / n_pairs,  # ... log odds
+        # Two names of TRL that say something else: the mean of log sigmoid(log odds ratio), which
+        # is -L_OR, and the mean log odds ratio.
+        "log_odds_ratio": -pair_losses.sum() / n_pairs,
+        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).sum() / n_pairs,
         # How hard L_OR pulls on a chosen token, L_SFT's pull being 1: lam * delta / (1 - P_w).
         "pull_ratio": -lam * odds_ratio_grad(chosen, rejected)[0].sum() / n_pairs,
         "rewards/chosen": lam * chosen.sum() / n_pairs,
@@ -364,7 +366,7 @@ def try_largest(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
     with out_of_memory_advice(config, plan.largest):
         for p in trainable(model):
             p.grad = torch.zeros_like(p)
-        set_lr(optimizer, 0.0)  # a step of zero gradients at rate 0: moments are made, and no more
+        set_lr(optimizer, 0.0)  # a step of zero gradients makes Adam's moments, and changes nothing
         optimizer.step()
         set_lr(optimizer, config.lr)
         for state in optimizer.state.values():
@@ -444,12 +446,13 @@ def evaluate_only(config: TrainConfig) -> int:
         model, tokenizer, _, eval_pairs = load_inputs(config)
         row = evaluation(model, tokenizer, eval_pairs, 0, config)
     print(json.dumps(row | {"lam": config.lam, "sft_loss": config.sft_loss}), flush=True)
-    if config.out and not holds_run(Path(config.out)):  # whose rows stay as they are
+    if config.out and not holds_run(Path(config.out)):  # we add nothing to the rows of a run
         write_row(Path(config.out), row)
     return 0
 
 
 def main(argv=None):
+    """The command line: exit status 2 and one sentence where something is wrong."""
     try:
         status = run_command(parse(argv, __doc__))
     except KeyboardInterrupt:  # outside of the loop, which stops in order

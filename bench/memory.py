@@ -133,7 +133,7 @@ def stand_in_for_kernels():
         bias = [] if self.bias is None else [self.bias.to(x.dtype)]
         return Footprint.apply(False, x, self.weight.to(x.dtype), *bias)
 
-    attention, model_file.Norm.forward = attention, norm
+    model_file.attention, model_file.Norm.forward = attention, norm
 
 
 class Twice:
@@ -167,8 +167,7 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
     )
     pair = data.Pair(*([token] * n for token, n in zip((1, 2, 3), LENGTHS, strict=True)))
     (batch,) = train.pack([pair] * (row.tokens // pair.n_tokens), settings)
-    for module in (train, model_file):  # tensors without content cannot be pinned
-        module.to_device = lambda x, where: x.to(where or "cpu")
+    torch.Tensor.pin_memory = lambda x: x  # tensors without content cannot be pinned
     if row.gpus > 1:
         dist.init_process_group("fake", rank=0, world_size=row.gpus, store=FakeStore())
         mesh = processes.init_device_mesh(device.type, (row.gpus,))
@@ -282,12 +281,12 @@ def peak_gb() -> float:
 def load_and_save(folder: Path, dtype: str):
     """One process, or one of torchrun's, of which each keeps a part of every weight."""
     several = "WORLD_SIZE" in os.environ
-    config, shard = train.TrainConfig(dtype="bfloat16", device="cpu", shard=several), None
+    config, shard_it = train.TrainConfig(dtype="bfloat16", device="cpu", shard=several), None
     if several:
         pick_device(config)
-        shard = functools.partial(shard, config=config)
+        shard_it = functools.partial(shard, config=config)
     before = peak_gb()
-    model = Transformer.from_pretrained(folder / "in", "cpu", getattr(torch, dtype), shard)
+    model = Transformer.from_pretrained(folder / "in", "cpu", getattr(torch, dtype), shard_it)
     parameters = [p.to_local() if several else p for p in model.parameters()]
     size, loaded = sum(p.nbytes for p in parameters) / GB, peak_gb()
     model.save_pretrained(folder / "out" if rank() == 0 else None, dtype=torch.bfloat16)

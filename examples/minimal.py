@@ -14,14 +14,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-import train as train_py
 from model import Transformer
 from orpo import orpo_loss, response_logps
+from run.answers import answers
 
 HERE = Path(__file__).resolve().parent
 
 FACTS = HERE / "facts"
-WARMUP, SEED = 10, 42  # train.py's defaults; the other settings are in train.json
+WARMUP, SEED = 10, 42  # the defaults of run/flags.py; the other settings are in train.json
 
 
 def logps(model: Transformer, pairs: list[data.Pair], side: str) -> torch.Tensor:
@@ -63,7 +63,7 @@ def report(model: Transformer, tokenizer, pairs: list[data.Pair]):
     chosen, rejected = logps(model, pairs, "chosen"), logps(model, pairs, "rejected")
     print(f"held out: accuracy {(chosen > rejected).float().mean():.3f}, log P(chosen)", end=" ")
     print(f"{chosen.mean():.2f}, log P(rejected) {rejected.mean():.2f}")
-    print(train_py.answers(model, tokenizer, [pairs[0].prompt], 24))
+    print(answers(model, tokenizer, [pairs[0].prompt], 24))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ LENGTH, MEMORY, RUN = "length", "memory", "run"
 
 @dataclass
 class TrainConfig:
+    """The settings of a run. A field is a flag; `check` says what it may be."""
+
     model: str = flag(IO, None, "folder of the Hugging Face checkpoint to train or evaluate")
     data: str = flag(IO, None, "file of preference pairs to train on (JSON Lines)")
     eval_data: str = flag(IO, None, "file of held-out pairs for evaluation")
@@ -169,7 +171,7 @@ def settings_of(config: TrainConfig) -> dict:
 
 LENGTHS = ("epochs", "max_steps")
 FREE_ON_RESUME = (
-    *("eval_only", "keep", "shard", "micro_batch_tokens", "activation_checkpointing", "compile"),
+    *("keep", "shard", "micro_batch_tokens", "activation_checkpointing", "compile"),
     *("log_every", "eval_every", "save_every", "lora_adapters"),
 )
 
@@ -254,6 +256,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def make_parser(about: str) -> Parser:
+    """A flag for each field of TrainConfig, in its group; only what is given is set."""
     parser = Parser(
         prog="train.py",
         usage="python train.py [--model DIR --data FILE --out DIR] [--config FILE] [flags]",

@@ -1,4 +1,4 @@
-"""The folder of a run, OUT: who may write to it, its rows, what of it is whole, what is finished.
+"""The folder of a run, OUT: its lock and its rows, replacing folders whole, whether it is finished.
 
 OUT/metrics.jsonl     a row for each step and each evaluation
 OUT/config.json       the settings, as --config takes them
@@ -123,15 +123,17 @@ def holds_run(out: Path) -> bool:
 def begin_folder(out: Path, start: int, config: TrainConfig):
     """Removes what --overwrite replaces, and the rows after the step from which a run is resumed;
     writes the settings, as --config takes them to do the same again from any folder."""
-    barrier()  # every process has looked into it
+    barrier()  # until every process has seen whether a run is there
     if rank() > 0:
         return
-    if config.overwrite and not config.resume and holds_run(out):
-        for name in ("metrics.jsonl", "config.json", FINISHED):
-            (out / name).unlink(missing_ok=True)
+    began = holds_run(out) or bool(checkpoints(out)) or (out / FINISHED).exists()
+    if config.overwrite and not config.resume and began:
+        # The rows last: as long as they are there, whoever is killed here has a run to overwrite.
         for name in ("checkpoints", "model", "best", "adapters"):
             if (out / name).exists():
                 shutil.rmtree(out / name)
+        for name in (FINISHED, "config.json", "metrics.jsonl"):
+            (out / name).unlink(missing_ok=True)
     for name in ("model", "best", "adapters"):
         tidy(out / name)
     if start == 0 and read_best(out):  # of an evaluation whose row is cut

@@ -1,7 +1,7 @@
 """The log: rows of metrics.jsonl, and what is seen of them while a run is going.
 
 The numbers of a step are copied to the host while the device computes the next step, and only then
-read, so that nobody waits for anybody.
+read, so that neither the host nor the device waits.
 """
 
 import contextlib

@@ -115,12 +115,14 @@ def step_flops(model: Transformer, pairs: list[Pair], config: TrainConfig) -> in
 def time_line(model: Transformer, n_flops: float, config: TrainConfig) -> str:
     """The time of n_flops at a rate that is stated, not measured."""
     peak = peak_flops(model.device, config)
+    if peak is None and model.device.type == "cuda":
+        return f"{n_flops:.2g} operations; after 3 steps the log has the measured time"
     rate = 0.4 * peak if peak else 1e12 * CPU_TFLOPS
     share = min(model.checkpointed_blocks, model.config.n_layers) / model.config.n_layers
     seconds = n_flops * (1 + share / 3) / rate / world_size()
     return (
         f"{n_flops:.2g} operations: {timedelta(seconds=round(seconds))} if each process does "
-        f"{rate / 1e12:.3g} TFLOP/s; the log says it by the clock after 3 steps"
+        f"{rate / 1e12:.3g} TFLOP/s; after 3 steps the log has the measured time"
     )
 
 
@@ -148,7 +150,7 @@ def fixed_memory(trained: int, n_parameters: int, config: TrainConfig) -> int:
 def memory_line(model: Transformer, config: TrainConfig) -> str:
     state = gigabytes(fixed_memory(*count_parameters(model), config))
     each = " in each process" if config.shard else ""
-    return f"{state}{each} for weights, gradients and Adam's moments; the rest is tried next"
+    return f"{state}{each} for weights, gradients and Adam's moments; activations are measured next"
 
 
 def gigabytes(n_bytes: float) -> str:
@@ -173,17 +175,23 @@ def out_of_memory_advice(config: TrainConfig, pairs: list[Pair] = ()):
 
 
 def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
+    """What was needed and what helps, in one sentence."""
     with torch.device("meta"):  # the model at hand may be half loaded
         model = Transformer(ModelConfig.from_json(Path(config.model) / "config.json"))
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
     fixed = gigabytes(fixed_memory(*count_parameters(model), config))
     total = gigabytes(torch.cuda.get_device_properties(config.device).total_memory)
-    batch = f" and a micro-batch of {sum(p.n_tokens for p in pairs)} tokens" if pairs else ""
+    batch, ways = "", []
+    if pairs:
+        batch = f" and a micro-batch of {sum(pair.n_tokens for pair in pairs)} tokens"
+        ways = ["a lower --micro-batch-tokens or --max-length"]
+        ways += [] if config.activation_checkpointing is True else ["--activation-checkpointing"]
+    ways += ["more GPUs"] if config.shard else ["--shard over more GPUs"]
+    ways += [] if config.shard or config.lora_rank else ["--lora-rank 16"]
     return (
         f"out of memory: {fixed} for weights, gradients and Adam's moments{batch} do not fit the "
-        f"{total} of {config.device}; lower --micro-batch-tokens or --max-length, add "
-        "--activation-checkpointing, or use --lora-rank 16 or --shard over more GPUs"
+        f"{total} of {config.device}; what helps: {', '.join(ways)}"
     )
 
 

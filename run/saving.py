@@ -28,7 +28,7 @@ from model import Transformer
 from run.flags import TrainConfig, refuse_other_settings, settings_of
 from run.folder import FINISHED, checkpoints, read_best, replaced
 from run.lora import lora_layers, merge_lora, write_adapters
-from run.processes import barrier, max_over_processes, rank
+from run.processes import max_over_processes, rank
 
 
 class Run(NamedTuple):
@@ -105,13 +105,19 @@ def save_state(
     checkpoints stay then.
     """
     temporary, final = out / "checkpoints" / "unfinished", out / "checkpoints" / f"step-{step:08d}"
+    failed = None
     try:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             (temporary / "config.json").write_text(json.dumps(settings), encoding="utf-8")
             write_more(temporary)
-        barrier()
+    except OSError as error:
+        failed = error
+    try:
+        # All processes learn of it, because whoever does not would wait for the others.
+        if max_over_processes(int(failed is not None)):
+            raise failed or OSError("process 0 could not write its files")
         dcp.save(state, checkpoint_id=temporary)  # returns when all processes are done
         if rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
@@ -210,7 +216,7 @@ def write_model_files(folder: Path, run: Run):
     # Trained on messages: whoever chats needs the template, and BOS in front of it.
     if run.chat:
         run.tokenizer.save_chat_template(folder)
-    if not (folder / "generation_config.json").exists():  # where to stop
+    if not (folder / "generation_config.json").exists():  # so that generation stops at EOS
         ids = {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
@@ -241,7 +247,9 @@ def save_best(run: Run, row: dict):
     if row["step"] == 0 or not run.config.eval_every:  # step 0 is --model itself
         return
     best = read_best(run.out).get("eval_loss", math.inf)
-    if max_over_processes(rank() == 0 and row["eval_loss"] < best):  # process 0 decides for all
+    if max_over_processes(
+        int(rank() == 0 and row["eval_loss"] < best)
+    ):  # process 0 decides for all
         try:
             save_model(run, run.out / "best", row)
         except NotWritten as error:

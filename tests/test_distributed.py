@@ -157,13 +157,14 @@ def test_process_0_alone_speaks_and_tells_the_balance(two_processes):
 
 LOAD_AND_SAVE = """
 import functools, os, sys, torch, train
+from run import processes
 source, out = sys.argv[1:]
 config = train.TrainConfig(shard=True, device="cpu")
-pick_device(config)
-shard = functools.partial(shard, config=config)
+processes.pick_device(config)
+shard = functools.partial(processes.shard, config=config)
 model = train.Transformer.from_pretrained(source, config.device, torch.float32, shard)
 assert all(2 * p.to_local().numel() < 1.1 * p.numel() for p in model.parameters() if p.dim() == 2)
-model.save_pretrained(out if rank() == 0 else None, shard_bytes=30_000)
+model.save_pretrained(out if processes.rank() == 0 else None, shard_bytes=30_000)
 os._exit(0)
 """
 

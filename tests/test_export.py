@@ -64,7 +64,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     for wrong in (tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints"):
         message = fails(capsys, wrong, "--out", out)
         assert message.startswith(
-            f"{wrong}: not a checkpoint, as it has no model/config.json; name a "
+            f"{wrong}: not a checkpoint, as it lacks model/config.json or .metadata; name a "
         )
     assert "are required: --out" in fails(capsys, step)
     assert "all weights" in fails(capsys, step, "--out", out, "--model", tmp_path)

@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention as attention_file
-import data
 import train
 from formats.families import FAMILIES, GPT
 from model import ModelConfig, Transformer
+from run import processes
 from run.flags import TrainConfig
 from run.log import n_updates
 from run.lora import add_lora
@@ -120,8 +119,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def fake(monkeypatch):
     """FakeTensorMode. It has no pinned memory, so copies to the device are plain ones."""
-    for module in (data, attention_file):
-        monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -261,15 +259,14 @@ def test_a_block_is_one_graph_and_is_compiled_once(fake, checkpointed):
 
 def test_one_of_eight_processes_keeps_a_part_of_every_weight(monkeypatch):
     """FSDP2 beside seven processes that are not there."""
-    for module in (data, attention_file):
-        monkeypatch.setattr(module, "to_device", lambda x, device: x.to(device or "cpu"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         config = TrainConfig(
             dtype="bfloat16", device="cuda:0", shard=True, activation_checkpointing=1
         )
         batches = train.pack(PAIRS * 8, config)
-        mesh = train.init_device_mesh("cuda", (8,))
+        mesh = processes.init_device_mesh("cuda", (8,))
         monkeypatch.setattr("run.processes.init_device_mesh", lambda *_: mesh)
         with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
             model = make_model(SMALL, config)

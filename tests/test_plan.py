@@ -113,8 +113,15 @@ def test_running_out_of_memory_says_what_was_needed_and_what_helps(pairs, folder
     message = str(error.value)
     assert f"{n / 2**20:.0f} MB for weights, gradients and" in message and "3.00 GB" in message
     assert ("a micro-batch of 90 tokens" in message) == bool(pairs)
-    for way in ("micro-batch-tokens", "max-length", "activation-checkpointing", "lora-rank"):
-        assert f"--{way}" in message
+    for way in ("micro-batch-tokens", "max-length", "activation-checkpointing"):
+        assert (f"--{way}" in message) == bool(pairs)  # without them it is not about these
+    assert "--shard over more GPUs, --lora-rank 16" in message
+    config.shard, config.activation_checkpointing = True, True
+    with pytest.raises(ValueError) as error, out_of_memory_advice(config, pairs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    message = str(error.value)
+    assert message.endswith("more GPUs") and "--activation" not in message
+    assert "--lora-rank" not in message  # the two do not go together
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,8 @@ def test_every_test_function_and_file_that_it_names_is_there(page):
     for module in (orpo, train, data):
         for name in re.findall(rf"`{module.__name__}\.(\w+)`", text):
             assert hasattr(module, name) or name == "py", name
-    for path in re.findall(
-        r"(?:python |`|\()((?:bench|conformance|docs|examples|tests)/[\w/.-]+\.\w+)", text
-    ):
+    folders = "bench|conformance|docs|examples|experiments|formats|run|tests|tools"
+    for path in re.findall(rf"(?:python |`|\()((?:{folders})/[\w/.-]+\.\w+)", text):
         made_by_hand = {"tests/golden/orpo.json"}
         assert (ROOT / path).is_file() or path in made_by_hand, path
 

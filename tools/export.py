@@ -25,8 +25,8 @@ from run.saving import first_line
 def export(step: Path, out: Path, base: Path | None = None):
     """base: the model of a LoRA run, where it has moved. Raises ValueError, OSError."""
     config_file = step / "model" / "config.json"
-    if not config_file.is_file():
-        reason = "not a checkpoint, as it has no model/config.json"
+    if not config_file.is_file() or not (step / ".metadata").is_file():
+        reason = "not a checkpoint, as it lacks model/config.json or .metadata"
         raise ValueError(f"{step}: {reason}; name a folder such as OUT/checkpoints/step-00000500")
     if out.exists():
         raise ValueError(f"--out {out}: exists; name a new folder")
@@ -35,7 +35,7 @@ def export(step: Path, out: Path, base: Path | None = None):
     with torch.device("meta"):  # which names and shapes there are
         model = Transformer(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    if is_lora := bool(settings["lora_rank"]):
+    if is_lora := bool(settings.get("lora_rank")):
         add_lora(model, settings["lora_rank"], settings["lora_alpha"])
         adapters = {n: p for n, p in model.named_parameters() if n not in shapes}
         state = {name: torch.empty(p.shape) for name, p in adapters.items()}
