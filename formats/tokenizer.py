@@ -35,6 +35,7 @@ from formats.words import (
     Where,
     make_normalizer,
     make_pre_tokenizer,
+    prefix_of,
     steps_of,
 )
 
@@ -153,6 +154,8 @@ class Tokenizer:
     A kind adds encode_text(text, where) and decode_text(ids, at_start).
     """
 
+    class_elsewhere: str | None = None  # the tokenizer_class to write, where another one is needed
+
     def __init__(self, file: Path, config: dict, vocab: dict, added: list[dict], defaults: dict):
         """vocab: {piece: id}. added: tokens beside it, [{"content", "id", flags}]. defaults:
         {"bos_token": id, ...} where config says nothing; where it says null, there is none."""
@@ -166,6 +169,10 @@ class Tokenizer:
         for name, token in config.items():
             if name.endswith("_token"):
                 named[name] = token["content"] if isinstance(token, dict) else token
+        for name in ("bos_token", "eos_token"):
+            if (text := named.get(name)) is not None and text not in ids:
+                problem = f"{name} {text!r:.80} of tokenizer_config.json is not in the vocabulary"
+                raise ValueError(f"{problem}; add it to the tokenizer, or name another one")
         self.special_tokens = {name: text for name, text in named.items() if text in ids}
         for text in self.special_tokens.values():
             added.setdefault(text, {"content": text, "id": ids[text]})
@@ -238,6 +245,14 @@ class Tokenizer:
             else:
                 named = template
             text = json.dumps(config | {"chat_template": named}, indent=2, ensure_ascii=False)
+            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def save_class(self, folder: Path):
+        """Has a folder of tokenizer files name a class by which transformers gets our ids."""
+        if self.class_elsewhere is not None:
+            config = optional_json(folder / "tokenizer_config.json")
+            config["tokenizer_class"] = self.class_elsewhere
+            text = json.dumps(config, indent=2, ensure_ascii=False)
             (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def turn_end(self) -> str:
@@ -364,9 +379,10 @@ class BPETokenizer(Tokenizer):
         normalizer, pre_tokenizer, decoder = (steps_of(spec, part) for part in parts)
         # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says.
         self.llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-        self.inside = Where.INSIDE if config.get("legacy", not self.llama) else Where.CONTINUES
         kinds = [step["type"] for step in decoder]
         self.byte_level = kinds == ["ByteLevel"]
+        anew = self.llama and not self.byte_level
+        self.inside = Where.INSIDE if config.get("legacy", not anew) else Where.CONTINUES
         if self.byte_level != any(step["type"] == "ByteLevel" for step in pre_tokenizer):
             raise UnsupportedStep("a decoder of another kind than the pre_tokenizer")
         sentencepiece_like = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -376,6 +392,7 @@ class BPETokenizer(Tokenizer):
             raise UnsupportedStep("a pre_tokenizer with a step after ByteLevel")
         self.strips = bool({"Strip", "Metaspace"} & {*kinds})
         self.joins_bytes = "ByteFallback" in kinds
+        self.class_elsewhere = class_elsewhere(config, normalizer, pre_tokenizer)
         asked = config.get("add_prefix_space")
         if asked is not None:
             normalizer, pre_tokenizer = with_prefix(asked, normalizer, pre_tokenizer)
@@ -459,6 +476,25 @@ class BPETokenizer(Tokenizer):
 
 
 SPACES_AND_WORD = re.compile("▁*[^▁]+|▁+").findall
+
+
+def class_elsewhere(config: dict, normalizer: list[dict], pre_tokenizer: list[dict]) -> str | None:
+    """The tokenizer_class by which transformers reads the same file as it is; None: its own does.
+
+    transformers 5 builds the classes below by their own steps, whatever steps the file has.
+    """
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    steps = [step["type"] for step in (*normalizer, *pre_tokenizer)]
+    patterns = [step["pattern"].get("Regex") for step in pre_tokenizer if "pattern" in step]
+    marks = [step for step in pre_tokenizer if step["type"] == "Metaspace"]
+    has_prefix = "Prepend" in steps or any(prefix_of(step) != "never" for step in marks)
+    alike = {
+        "GPT2Tokenizer": steps == ["ByteLevel"] and not pre_tokenizer[0].get("add_prefix_space"),
+        "Qwen2Tokenizer": steps == ["NFC", "Split", "ByteLevel"] and patterns == [QWEN2_WORDS],
+        "LlamaTokenizer": "ByteLevel" in steps or has_prefix,
+        "GemmaTokenizer": steps in (["Replace", "Split"], ["Replace"]),
+    }
+    return None if alike.get(kind, True) else "PreTrainedTokenizerFast"
 
 
 def with_prefix(asked: bool, normalizer: list[dict], pre_tokenizer: list[dict]):

@@ -213,6 +213,7 @@ def write_model_files(folder: Path, run: Run):
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    run.tokenizer.save_class(folder)
     # Trained on messages: whoever chats needs the template, and BOS in front of it.
     if run.chat:
         run.tokenizer.save_chat_template(folder)
