@@ -258,6 +258,22 @@ def config_of(folder: Path, model_type: str, **keys) -> ModelConfig:
     return ModelConfig.from_json(folder / "config.json")
 
 
+@pytest.mark.parametrize(
+    "family, n_kv_heads, head_dim, norm_eps, rope_theta, max_seq_len, tied",
+    [
+        ("gemma", 16, 256, 1e-6, 1e4, 8192, True),
+        ("olmo2", 32, 2, 1e-5, 1e4, 2048, False),
+        ("smollm3", 4, 2, 1e-6, 2e6, 32768, True),
+    ],
+)
+def test_absent_keys_are_the_defaults_of_that_family_in_transformers(
+    family, n_kv_heads, head_dim, norm_eps, rope_theta, max_seq_len, tied, tmp_path
+):
+    c = config_of(tmp_path, family, hidden_size=64, num_attention_heads=32)
+    assert (c.n_kv_heads, c.head_dim, c.norm_eps) == (n_kv_heads, head_dim, norm_eps)
+    assert (c.rope_theta, c.max_seq_len, c.tie_embeddings) == (rope_theta, max_seq_len, tied)
+
+
 def test_gemmas_gelu_is_its_approximation(tmp_path):
     """Its first files say gelu, as transformers knows; and hidden_activation, which it ignores."""
 
@@ -317,8 +333,8 @@ def test_a_null_is_as_many_key_value_heads_as_heads(tmp_path):
 
 
 def test_the_context_of_longrope_ends_with_its_short_factor(tmp_path):
-    """sqrt(1 + ln(96/24) / ln 24) = 1.19842 is the size of cos and sin: from the context of the file,
-    which a saved model must therefore keep."""
+    """cos and sin are multiplied by sqrt(1 + ln(96/24) / ln 24) = 1.19842. It follows from the
+    context in the file, which a saved model must therefore keep."""
     model = Transformer.from_pretrained(write_family("phi3-longrope", tmp_path))
     assert model.config.max_seq_len == 24
     assert model.config.rope_scaling["attention_factor"] == pytest.approx(1.19842, abs=1e-5)
