@@ -1,8 +1,8 @@
 """A GPT-style transformer over packed sequences.
 
 Notable features:
-- One architecture. A family (Llama, Mistral, Qwen2, Qwen3, Phi, Phi-3, GPT-2, OPT) is a set of
-  values of ModelConfig, never a subclass. formats/ knows Hugging Face's names and files.
+- One architecture. A family (Llama, Gemma, GPT-2, ...: formats/families.py has them all) is a set
+  of values of ModelConfig, never a subclass. formats/ knows Hugging Face's names and files.
 - A packed micro-batch has no batch axis and no padding: N tokens in a row, and `Segments` says
   which queries see which keys (attention.py). So a shared prompt is computed once.
 - A decoding step is the same attention call with one query, and so is a rejected response over its
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, Segments, attention, to_device
-from formats.families import config_json, config_values, write_config
+from formats.families import config_values, write_config
 from formats.files import read_json
 from formats.weights import read_weights, write_weights
 
@@ -56,17 +56,22 @@ class ModelConfig:
     # What makes a family; the defaults are Llama's.
     family: str = "llama"
     layer_norm: bool = False  # LayerNorm with bias instead of RMSNorm
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys
+    norm_adds_one: bool = False  # RMSNorm multiplies by 1 + weight
+    qk_norm: bool = False  # a norm of each head's queries, and one of its keys
+    qk_norm_joint: bool = False  # qk_norm is over all heads at once
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
     gated: bool = True  # MLP: down(act(gate) * up), not down(act(up))
     activation: str = "silu"  # Hugging Face's name
-    norm_first: bool = True  # else the norms follow attention and MLP, and none is at the end
+    norm_first: bool = True  # else each norm follows an addition, and none is at the end
+    norm_outputs: bool = False  # norms of what attention and MLP add, and not of what they read
     parallel: bool = False  # attention and MLP side by side, after one norm
+    scale_embeddings: bool = False  # by the root of dim
     rotary_fraction: float = 1.0  # of each head's dimensions
-    rope_scaling: dict = field(default_factory=dict)  # {"rope_type": "linear" or "llama3", ...}
+    rope_layers: list = field(default_factory=list)  # 1 for a layer with rotary, 0 for one without
+    rope_scaling: dict = field(default_factory=dict)  # {"rope_type": "linear" or another, ...}
     position_offset: int | None = None  # the row of position 0 in a table that is learned
     windows: list = field(default_factory=list)  # keys that a query of each layer sees; None: all
     source: dict = field(default_factory=dict, repr=False)  # config.json as it was read
@@ -76,6 +81,7 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.dim // self.n_heads
         self.embed_dim = self.embed_dim or self.dim
         self.windows = self.windows or [None] * self.n_layers
+        self.rope_layers = self.rope_layers or [1] * self.n_layers
         if self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation {self.activation!r} is not supported, only {known}")
@@ -96,10 +102,6 @@ class ModelConfig:
             return cls(**config_values(source, {f.name: f.type for f in fields(cls)}))
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error!s:.300}") from None
-
-    def to_json(self) -> dict:
-        """What a config.json of this model holds."""
-        return config_json(self)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,13 +126,17 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     """RMSNorm, or LayerNorm with its bias. One kernel, which computes in float32 inside."""
 
-    def __init__(self, dim: int, eps: float, layer_norm: bool = False):
+    def __init__(self, dim: int, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if layer_norm else None
-        self.eps = eps
+        self.eps, self.adds_one = config.norm_eps, config.norm_adds_one
+        self.weight = nn.Parameter(torch.zeros(dim) if self.adds_one else torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.layer_norm else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
+        if self.adds_one:  # in float32: a small weight would lose its digits in a bfloat16 1 + w
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weight = 1 + self.weight.to(wide)
+            return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
         weight = self.weight.to(x.dtype)  # mixed dtypes would run as five kernels instead of one
         if self.bias is not None:
             return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
@@ -151,8 +157,11 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling["factor"])
+    if scaling.get("rope_type") == "longrope":  # the short one: see formats/families.py
+        frequency = frequency / to_device(torch.tensor(scaling["short_factor"]), positions.device)
     angles = positions[:, None, None].float() * frequency
-    return angles.cos(), angles.sin()
+    factor = scaling.get("attention_factor", 1.0)  # longrope's
+    return factor * angles.cos(), factor * angles.sin()
 
 
 class ApplyRotary(torch.autograd.Function):
@@ -192,21 +201,24 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         c, self.layer, self.window = config, layer, config.windows[layer]
-        self.head_dim = c.head_dim
+        self.head_dim, self.qk_norm_joint = c.head_dim, c.qk_norm_joint
+        self.has_rotary = c.rope_layers[layer] and c.rotary_dim > 0
         self.q_proj = Linear(c.dim, c.n_heads * c.head_dim, c.qkv_bias)
         self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, c.o_bias)
-        self.q_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = Norm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        n_q, n_k = (c.n_heads, c.n_kv_heads) if c.qk_norm_joint else (1, 1)  # heads in one norm
+        self.q_norm = Norm(n_q * c.head_dim, c) if c.qk_norm else None
+        self.k_norm = Norm(n_k * c.head_dim, c) if c.qk_norm else None
 
     def forward(self, x, cos, sin, segments: Segments, cache=None):  # x (N, D) -> (N, D)
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, d)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, d)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, d)
-        if self.q_norm is not None:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (N, H * d), (N, K * d) twice
+        if self.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
-        if cos.shape[-1]:  # none where positions are learned
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # (N, H, d), (N, K, d)
+        if self.q_norm is not None and not self.qk_norm_joint:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.has_rotary:
             q, k = ApplyRotary.apply(q, cos, sin), ApplyRotary.apply(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -232,17 +244,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        norm = functools.partial(Norm, config.dim, config.norm_eps, config.layer_norm)
-        self.norm_first = config.norm_first
-        self.input_layernorm = norm()
+        self.norm_first, self.norm_outputs = config.norm_first, config.norm_outputs
+        self.input_layernorm = Norm(config.dim, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = None if config.parallel else norm()
+        self.post_attention_layernorm = None if config.parallel else Norm(config.dim, config)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, segments: Segments, cache=None):  # x (N, D) -> (N, D)
         if not self.norm_first:
             x = self.input_layernorm(x + self.self_attn(x, cos, sin, segments, cache))
             return self.post_attention_layernorm(x + self.mlp(x))
+        if self.norm_outputs:
+            x = x + self.input_layernorm(self.self_attn(x, cos, sin, segments, cache))
+            return x + self.post_attention_layernorm(self.mlp(x))
         y = self.input_layernorm(x)
         if self.post_attention_layernorm is None:
             return x + self.self_attn(y, cos, sin, segments, cache) + self.mlp(y)
@@ -271,17 +285,19 @@ class Transformer(nn.Module):
         if c.position_offset is not None:
             self.embed_positions = nn.Embedding(c.max_seq_len + c.position_offset, c.dim)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
-        self.norm = Norm(c.dim, c.norm_eps, c.layer_norm) if c.norm_first else None
+        self.norm = Norm(c.dim, c) if c.norm_first else None
         lm_head = functools.partial(Linear, c.embed_dim, c.vocab_size, c.lm_head_bias)
         self.lm_head = None if c.tie_embeddings else lm_head()
         for name, p in self.named_parameters():
             if p.dim() == 2:  # what adds to the residual stream starts smaller, as in GPT-2
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if residual else 0.02)
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers) if adds else 0.02)
 
     def hidden_states(self, tokens, positions, segments: Segments, cache=None) -> Tensor:
         """tokens, positions (N,) int64, packed as segments say -> (N, E), what lm_head takes."""
         x = self.embed_tokens(tokens)  # (N, E)
+        if self.config.scale_embeddings:  # the root too in the weights' dtype, as in transformers
+            x = x * x.new_full((), self.config.dim**0.5)
         if self.project_in is not None:
             x = self.project_in(x.to(self.compute_dtype or x.dtype))  # (N, D)
         if self.embed_positions is not None:
@@ -321,15 +337,12 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V). Raises ValueError beyond the model's context."""
         n, length = tokens.shape
-        self._check_length(length)
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} tokens, but the context is {self.config.max_seq_len}")
         positions = torch.arange(length, device=tokens.device).repeat(n)  # (B * T,)
         segments = Segments.of([length] * n, [length] * n, device=tokens.device)
         hidden = self.hidden_states(tokens.flatten(), positions, segments)  # (B * T, D)
         return self.logits(hidden).unflatten(0, (n, length))
-
-    def _check_length(self, length: int):
-        if length > self.config.max_seq_len:
-            raise ValueError(f"{length} tokens, but the context is {self.config.max_seq_len}")
 
     @property
     def device(self) -> torch.device:
@@ -340,7 +353,6 @@ class Transformer(nn.Module):
         """The vocabulary projection (V, E)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    # -----------------------------------------------------------------------------------------
     # Loading, saving, counting.
 
     @classmethod
@@ -409,8 +421,8 @@ class Transformer(nn.Module):
         parts = [m for m in (self.layers, self.project_in, self.project_out) if m is not None]
         weights = [p for part in parts for p in part.parameters() if p.dim() == 2]
         total = sum((4 + 2 * p.requires_grad) * p.numel() for p in weights) * sum(map(sum, lengths))
-        frozen = not self.lm_head_weight.requires_grad
-        total += (4 if frozen else 6) * n_predicted * c.vocab_size * c.embed_dim
+        lm_head = (4 + 2 * self.lm_head_weight.requires_grad) * c.vocab_size * c.embed_dim
+        total += n_predicted * lm_head
         prompt, chosen, rejected = np.array(lengths, int).reshape(-1, 3).T
         for window in c.windows:
             keys = keys_seen(prompt + chosen, window)
@@ -418,7 +430,6 @@ class Transformer(nn.Module):
             total += 12 * c.n_heads * c.head_dim * int(keys.sum())
         return total
 
-    # -----------------------------------------------------------------------------------------
     # Generation.
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attention
 import data
 import train
+from formats.families import config_json
 from model import ModelConfig, Transformer
 from run.flags import TrainConfig
 from run.plan import peak_flops, step_flops
@@ -223,7 +224,7 @@ def measure_trl(name: str, way: str, n_steps: int, device) -> str:
         pairs.sort(key=lambda pair: len(pair[0]) + max(len(pair[1]), len(pair[2])))
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig.from_dict(shape.to_json()))
+        model = AutoModelForCausalLM.from_config(LlamaConfig.from_dict(config_json(shape)))
     moments = []
 
     class Clock(TrainerCallback):

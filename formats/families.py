@@ -8,6 +8,7 @@ A family is a row of FAMILIES, and only names and values: model.py knows none of
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ ROPE_NUMBERS = {  # the supported types of rope_scaling, and the numbers that ea
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 ROPE = {"rope_type": tuple(ROPE_NUMBERS)}
+LONGROPE = {"rope_type": (*ROPE_NUMBERS, "longrope")}
 BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 GPT = {
     "layer_norm": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "gated": False,
@@ -57,8 +59,34 @@ FAMILIES = {
         "Qwen3ForCausalLM", keys=BIASES, values={"qk_norm": True, "head_dim": 128},
         supported=ROPE, windows=True,
     ),
+    "gemma": Family(
+        "GemmaForCausalLM", keys=BIASES,
+        values={
+            "norm_adds_one": True, "scale_embeddings": True, "tie_embeddings": True,
+            "head_dim": 256, "n_kv_heads": 16, "max_seq_len": 8192,
+            "activation": "gelu_pytorch_tanh",
+        },
+        supported={"use_bidirectional_attention": (False,)} | ROPE,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", keys=BIASES,
+        values={"norm_outputs": True, "qk_norm": True, "qk_norm_joint": True, "norm_eps": 1e-5},
+        supported=ROPE,
+        modules={
+            "input_layernorm": "post_attention_layernorm",
+            "post_attention_layernorm": "post_feedforward_layernorm",
+        },
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        keys=BIASES | {"mlp_bias": "mlp_bias", "rope_layers": "no_rope_layers"},
+        values={
+            "tie_embeddings": True, "rope_theta": 2e6, "n_kv_heads": 4, "max_seq_len": 32768,
+        },
+        supported=ROPE, windows=True,
+    ),
     "phi3": Family(
-        "Phi3ForCausalLM", keys={"rotary_fraction": "partial_rotary_factor"}, supported=ROPE,
+        "Phi3ForCausalLM", keys={"rotary_fraction": "partial_rotary_factor"}, supported=LONGROPE,
         modules={
             "self_attn.q_proj": "self_attn.qkv_proj", "self_attn.k_proj": "self_attn.qkv_proj",
             "self_attn.v_proj": "self_attn.qkv_proj", "mlp.gate_proj": "mlp.gate_up_proj",
@@ -144,7 +172,9 @@ def config_values(source: dict, types: dict[str, type]) -> dict:
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling {rope!r:.80} is not an object")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    found = {"torch_dtype": source.get("dtype"), "rope_type": rope_type, **rope}
+    if source["model_type"] == "phi3" and rope_type == "su":  # its name in the first files
+        rope_type = "longrope"
+    found = {"torch_dtype": source.get("dtype"), **rope, "rope_type": rope_type}
     found |= {key: value for key, value in source.items() if value is not None}
     for key, supported in family.supported.items():
         if key in found and found[key] not in supported:
@@ -153,9 +183,13 @@ def config_values(source: dict, types: dict[str, type]) -> dict:
     values = {name: found[key] for name, key in keys.items() if found.get(key) is not None}
     if source["model_type"] == "gpt2" and "n_embd" in found:
         values.setdefault("hidden_dim", 4 * found["n_embd"])
+    if source["model_type"] == "gemma" and values.get("activation") == "gelu":
+        del values["activation"]  # the first files say gelu and mean its approximation
     for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"):
         if name not in values:
             raise ValueError(f"key {keys[name]!r} is missing")
+    if source.get("num_key_value_heads", 0) is None:  # null does not mean the family's default
+        values["n_kv_heads"] = values["n_heads"]
     for name, value in values.items():
         most = 1000 if name == "n_layers" else 2**63 if types[name] is float else 2**31
         if not _fits(value, types[name], most):
@@ -163,8 +197,14 @@ def config_values(source: dict, types: dict[str, type]) -> dict:
     for key in ROPE_NUMBERS.get(str(rope_type), ()):
         if not _fits(rope.get(key), float):
             raise ValueError(f"rope_scaling of type {rope_type} needs a number {key!r} above 0")
-    values["windows"] = _windows(found, values["n_layers"]) if family.windows else []
-    values["rope_scaling"] = rope | {"rope_type": rope_type} if rope_type != "default" else {}
+    if "rope_layers" in family.keys:
+        values["rope_layers"] = _rope_layers(found, values["n_layers"])
+    values["windows"] = _windows(found, values) if family.windows else []
+    if rope_type != "default":
+        numbers = ROPE_NUMBERS.get(rope_type, ())
+        values["rope_scaling"] = {"rope_type": rope_type} | {key: rope[key] for key in numbers}
+    if rope_type == "longrope":
+        _set_longrope(rope, found, values)
     return family.values | values | {"family": source["model_type"], "source": source}
 
 
@@ -176,8 +216,22 @@ def _fits(value, kind: type, most=2**31) -> bool:
     return is_number and not isinstance(value, bool) and 0 < value < most
 
 
-def _windows(found: dict, n_layers: int) -> list:
-    """How far back each layer sees: Qwen only in the layers switched on, the others everywhere."""
+def _rope_layers(found: dict, n_layers: int) -> list:
+    """1 for each layer with rotary, despite the name of the key; without it all but each n-th."""
+    n = found.get("no_rope_layer_interval", 4)
+    if not _fits(n, int):
+        raise ValueError(f"no_rope_layer_interval cannot be {n!r:.80}")
+    layers = found.get("no_rope_layers", [int((i + 1) % n != 0) for i in range(n_layers)])
+    layers = layers[:n_layers]  # transformers takes longer lists, too
+    if len(layers) != n_layers or not all(x in (0, 1) for x in layers):
+        raise ValueError(f"no_rope_layers must be 0 or 1 for {n_layers} layers: {layers!r:.80}")
+    return layers
+
+
+def _windows(found: dict, values: dict) -> list:
+    """How far back each layer sees: Qwen only in the layers switched on, SmolLM3 in those without
+    rotary, the others everywhere."""
+    n_layers = values["n_layers"]
     size, everywhere = found.get("sliding_window"), found["model_type"] in ("mistral", "phi3")
     if not size or not (everywhere or found.get("use_sliding_window")):
         return []
@@ -185,10 +239,32 @@ def _windows(found: dict, n_layers: int) -> list:
         raise ValueError(f"sliding_window cannot be {size!r:.80}")
     first = 0 if everywhere else found.get("max_window_layers", 28)
     types = ["sliding_attention" if i >= first else "full" for i in range(n_layers)]
+    if "rope_layers" in values:
+        types = ["full" if rotary else "sliding_attention" for rotary in values["rope_layers"]]
     types = found.get("layer_types", types)
     if not isinstance(types, list) or len(types) != n_layers:
         raise ValueError(f"layer_types must list {n_layers} layers, not {types!r:.80}")
     return [size if t == "sliding_attention" else None for t in types]
+
+
+def _set_longrope(rope: dict, found: dict, values: dict):
+    """Phi-3's longrope has a short_factor for the context that the model was first trained with,
+    and a long_factor, which transformers takes for a whole batch if one sequence in it is longer.
+    A pair's values must not depend on what it is packed with: the context ends with the short one.
+    """
+    first = found.get("original_max_position_embeddings", 4096)
+    if not _fits(first, int):
+        raise ValueError(f"original_max_position_embeddings cannot be {first!r:.80}")
+    context = values.get("max_seq_len", 4096)
+    stretched = max(1, rope.get("factor") or context / first)
+    factor = rope.get("attention_factor") or (1 + math.log(stretched) / math.log(first)) ** 0.5
+    head_dim = values.get("head_dim", values["dim"] // values["n_heads"])
+    n = int(head_dim * values.get("rotary_fraction", 1)) // 2
+    short = rope.get("short_factor") or []
+    if len(short) != n or not all(_fits(x, float) for x in (*short, factor)):
+        raise ValueError(f"longrope needs {n} numbers as its short_factor, not {short!r:.80}")
+    values["rope_scaling"] |= {"short_factor": short, "attention_factor": factor}
+    values["max_seq_len"] = min(first, context)
 
 
 def config_json(config) -> dict:
@@ -198,6 +274,8 @@ def config_json(config) -> dict:
     if config.position_offset is not None and config.source:
         # Rotary's keys mean nothing here: only those that were read.
         known = {key: known[key] for key in known if key in config.source or key == "torch_dtype"}
+    if config.rope_scaling.get("rope_type") == "longrope" and config.source:
+        known.pop("max_position_embeddings")  # not the cut one, from which its factors follow
     kept = {key: value for key, value in config.source.items() if key != "dtype"}
     return kept | known | {"architectures": [family.architecture], "model_type": config.family}
 

@@ -37,8 +37,8 @@ def fails(capsys, *arguments) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_every_family_becomes_what_its_model_would_be_saved_as(family, tmp_path):
-    values = FAMILIES[family].values
-    model = random_model(torch.float32, **values | {"family": family, "head_dim": 8})
+    values = FAMILIES[family].values | {"family": family, "head_dim": 8, "n_kv_heads": 2}
+    model = random_model(torch.float32, **values)
     model.save_pretrained(tmp_path / "wanted", torch.bfloat16)
     step = step_folder(tmp_path, model)
     export_file.main([str(step), "--out", str(tmp_path / "made")])

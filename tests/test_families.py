@@ -14,7 +14,7 @@ import train
 from data import Pair, micro_batches
 from formats.families import FAMILIES
 from formats.weights import write_safetensors
-from model import ModelConfig, Transformer
+from model import ModelConfig, Norm, Transformer
 from tests.golden.make_families import weights
 from tests.small import complaint, random_model, with_config
 
@@ -44,9 +44,11 @@ def golden_logits(name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_logits_are_those_of_transformers(name, tmp_path):
-    """Six digits are given; rotary angles and RMSNorm are float32 there."""
+    """Six digits are given; rotary angles and RMSNorm are float32 there, where Gemma's norms double
+    what comes in: 1 + a weight near 1."""
     got = last_logits(write_family(name, tmp_path), name)
-    torch.testing.assert_close(got, golden_logits(name), rtol=0, atol=5e-6)
+    atol = 1e-5 if name == "gemma" else 5e-6
+    torch.testing.assert_close(got, golden_logits(name), rtol=0, atol=atol)
 
 
 def test_there_is_a_golden_row_of_every_family():
@@ -83,8 +85,15 @@ def rope(**scaling):
     return {"rope_scaling": scaling}
 
 
-SUPPORTED = "llama, mistral, qwen2, qwen3, phi3, phi, gpt2, opt"
+SUPPORTED = "llama, mistral, qwen2, qwen3, gemma, olmo2, smollm3, phi3, phi, gpt2, opt"
 OPT = {"model_type": "opt", "ffn_dim": 24}
+SMOLLM3 = {"model_type": "smollm3"}
+LONGROPE = {"model_type": "phi3", "original_max_position_embeddings": 16}
+LONGROPE |= rope(type="longrope", short_factor=[1.0, 2.0], long_factor=[4.0, 8.0])
+
+
+def longrope(**scaling):
+    return LONGROPE | rope(**LONGROPE["rope_scaling"] | scaling)
 
 
 def window(size, **more):
@@ -102,6 +111,13 @@ def window(size, **more):
         ({"quantization_config": 3}, "quantised weights"),
         (rope(type="yarn", factor=2.0), "rope_type 'yarn' is not supported, only ('default', 'li"),
         (rope(rope_type="longrope", factor=8.0), "rope_type 'longrope'"),
+        (rope(type="su", factor=8.0), "rope_type 'su'"),
+        (longrope(short_factor=None), "longrope needs 2 numbers as its short_factor, not []"),
+        (longrope(short_factor=[1.0]), "longrope needs 2 numbers as its short_factor, not [1.0]"),
+        (longrope(short_factor=[1.0, "2"]), "longrope needs 2 numbers"),
+        (longrope(short_factor=[1.0, 0]), "longrope needs 2 numbers"),
+        (longrope(attention_factor=-1.0), "longrope needs 2 numbers"),
+        (LONGROPE | {"original_max_position_embeddings": 0.5}, "embeddings cannot be 0.5"),
         ({"rope_parameters": {"rope_type": "dynamic"}, "rope_scaling": None}, "'dynamic'"),
         (rope(type=["yarn"]), "rope_type ['yarn']"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
@@ -137,6 +153,11 @@ def window(size, **more):
         (window(-1), "sliding_window cannot be -1"),
         (window(8, layer_types=["full"]), "layer_types must list 2 layers, not ['full']"),
         (window(8, layer_types=2), "layer_types must list 2 layers, not 2"),
+        (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers must be 0 or 1 for 2 layers: [1]"),
+        (SMOLLM3 | {"no_rope_layers": [1, 2]}, "no_rope_layers must be 0 or 1 for 2 layers"),
+        (SMOLLM3 | {"no_rope_layers": 2}, "no_rope_layers cannot be 2"),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval cannot be 0"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "attention True is not sup"),
     ],
     ids=str,
 )  # fmt: skip
@@ -222,3 +243,128 @@ def test_absent_config_keys_mean_what_transformers_means(tmp_path):
     c = Transformer.from_pretrained(tmp_path).config
     assert (c.n_kv_heads, c.head_dim, c.norm_eps, c.rope_theta) == (4, 4, 1e-6, 1e4)
     assert (c.max_seq_len, c.tie_embeddings) == (2048, False)
+
+
+# ---------------------------------------------------------------------------------------------
+# What only one family has.
+
+SMALLEST = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 24}
+SMALLEST |= {"num_hidden_layers": 5, "num_attention_heads": 4}
+
+
+def config_of(folder: Path, model_type: str, **keys) -> ModelConfig:
+    """From a config.json with the keys that must be there, and with these."""
+    (folder / "config.json").write_text(json.dumps(SMALLEST | {"model_type": model_type} | keys))
+    return ModelConfig.from_json(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    "family, n_kv_heads, head_dim, norm_eps, rope_theta, max_seq_len, tied",
+    [
+        ("gemma", 16, 256, 1e-6, 1e4, 8192, True),
+        ("olmo2", 32, 2, 1e-5, 1e4, 2048, False),
+        ("smollm3", 4, 2, 1e-6, 2e6, 32768, True),
+    ],
+)
+def test_absent_keys_are_the_defaults_of_that_family_in_transformers(
+    family, n_kv_heads, head_dim, norm_eps, rope_theta, max_seq_len, tied, tmp_path
+):
+    c = config_of(tmp_path, family, hidden_size=64, num_attention_heads=32)
+    assert (c.n_kv_heads, c.head_dim, c.norm_eps) == (n_kv_heads, head_dim, norm_eps)
+    assert (c.rope_theta, c.max_seq_len, c.tie_embeddings) == (rope_theta, max_seq_len, tied)
+
+
+def test_gemmas_gelu_is_its_approximation(tmp_path):
+    """Its first files say gelu, as transformers knows; and hidden_activation, which it ignores."""
+
+    def activation(family, **keys):
+        return config_of(tmp_path, family, num_key_value_heads=1, **keys).activation
+
+    for keys in ({}, {"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activation": "relu"}):
+        assert activation("gemma", **keys) == "gelu_pytorch_tanh"
+    assert activation("gemma", hidden_act="relu") == "relu"
+    assert activation("llama", hidden_act="gelu") == "gelu"
+
+
+def test_the_root_that_gemma_multiplies_by_has_the_weights_dtype():
+    """The root of 24, 4.899, is 4.90625 in bfloat16: with a product in float32 it is another."""
+    for dtype, root in ((torch.bfloat16, 4.90625), (torch.float32, 24**0.5)):
+        model, seen = random_model(dtype, dim=24, scale_embeddings=True), []
+        model.layers[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs))
+        model(torch.arange(9)[None])
+        wanted = model.embed_tokens.weight[:9].double() * torch.tensor(root, dtype=dtype).double()
+        assert torch.equal(seen[0][0], wanted.to(dtype))
+
+
+def test_a_norm_that_adds_one_rounds_once():
+    """To within half a unit of bfloat16's last place, at most 2^-8 of the value."""
+    x, weight = (torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    norm = Norm(64, ModelConfig(23, 64, 1, 1, 8, norm_adds_one=True)).bfloat16()
+    norm.weight.data.copy_(0.1 * weight)
+    x = x.bfloat16()
+    exact = x.double() / (x.double().square().mean() + 1e-6).sqrt() * (1 + norm.weight.double())
+    torch.testing.assert_close(norm(x).double(), exact, rtol=1.001 * 2**-8, atol=0)
+
+
+def test_a_new_model_with_norms_that_add_one_starts_at_one():
+    assert not Transformer(ModelConfig(23, 16, 1, 4, 24, norm_adds_one=True)).norm.weight.any()
+
+
+def test_without_a_list_every_fourth_layer_of_smollm3_has_no_rotary(tmp_path):
+    assert config_of(tmp_path, "smollm3").rope_layers == [1, 1, 1, 0, 1]
+    config = config_of(tmp_path, "smollm3", no_rope_layer_interval=2)
+    assert config.rope_layers == [1, 0, 1, 0, 1]
+    config = config_of(tmp_path, "smollm3", no_rope_layers=[0, 1, 1, 1, 1, 0])
+    assert config.rope_layers == [0, 1, 1, 1, 1]
+
+
+def test_windows_of_smollm3_are_where_no_rotary_is(tmp_path):
+    keys = {"sliding_window": 7, "no_rope_layer_interval": 2}
+    assert config_of(tmp_path, "smollm3", **keys).windows == [None] * 5
+    config = config_of(tmp_path, "smollm3", **keys, use_sliding_window=True)
+    assert config.windows == [None, 7, None, 7, None]
+
+
+def test_a_null_is_as_many_key_value_heads_as_heads(tmp_path):
+    """Which the absence of the key is not: SmolLM3's default is 4."""
+    for keys, n in (({}, 4), ({"num_key_value_heads": None}, 8)):
+        config = config_of(tmp_path, "smollm3", num_attention_heads=8, **keys)
+        assert config.n_kv_heads == n
+
+
+def test_the_context_of_longrope_ends_with_its_short_factor(tmp_path):
+    """cos and sin are multiplied by sqrt(1 + ln(96/24) / ln 24) = 1.19842. It follows from the
+    context in the file, which a saved model must therefore keep."""
+    model = Transformer.from_pretrained(write_family("phi3-longrope", tmp_path))
+    assert model.config.max_seq_len == 24
+    assert model.config.rope_scaling["attention_factor"] == pytest.approx(1.19842, abs=1e-5)
+    with pytest.raises(ValueError, match="25 tokens, but the context is 24"):
+        model(torch.zeros(1, 25, dtype=torch.int64))
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["max_position_embeddings"] == 96
+    again = Transformer.from_pretrained(tmp_path / "again")
+    assert again.config.rope_scaling == model.config.rope_scaling
+
+
+def test_longrope_has_an_older_name_and_may_give_its_numbers(tmp_path):
+    scaling = LONGROPE["rope_scaling"]
+    given = {"type": "su", "attention_factor": 1.5}
+    for change, wanted in (({"type": "su", "factor": 4.0}, 1.5**0.5), (given, 1.5), ({}, 1.0)):
+        keys = {"max_position_embeddings": 16, "original_max_position_embeddings": 16}
+        config = config_of(tmp_path, "phi3", **keys, rope_scaling=scaling | change)
+        assert config.rope_scaling["attention_factor"] == pytest.approx(wanted)
+        assert config.rope_scaling["short_factor"] == [1.0, 2.0] and config.max_seq_len == 16
+
+
+def test_phi_4_is_a_phi_3(tmp_path):
+    """14.7e9 parameters, from the values of its config.json."""
+    keys = {"vocab_size": 100352, "hidden_size": 5120, "intermediate_size": 17920}
+    keys |= {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10}
+    keys |= {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384}
+    keys |= {"rope_theta": 250000, "rope_scaling": None, "sliding_window": None}
+    config = config_of(tmp_path, "phi3", **keys, rms_norm_eps=1e-5, tie_word_embeddings=False)
+    assert (config.rope_theta, config.head_dim, config.max_seq_len) == (250000, 128, 16384)
+    with torch.device("meta"):
+        n = sum(p.numel() for p in Transformer(config).parameters())
+    assert n == pytest.approx(14.66e9, rel=1e-3)

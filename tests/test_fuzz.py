@@ -174,7 +174,14 @@ def test_config(n, tmp_path):
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
     llama3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8}
     window = {"model_type": "mistral", "sliding_window": 2, "layer_types": ["full_attention"] * 2}
+    longrope = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "attention_factor": 1.5}
+    longrope = {"original_max_position_embeddings": 8, "rope_scaling": longrope}
+    smollm3 = window | {"no_rope_layers": [1, 0], "use_sliding_window": True}
     sounds = [sound, sound | {"rope_scaling": llama3}, sound | window]
+    sounds += [
+        sound | longrope | {"model_type": "phi3"},
+        sound | smollm3 | {"model_type": "smollm3"},
+    ]
     sounds += [sound | {"model_type": family} for family in FAMILIES]
 
     def check(content):

@@ -27,6 +27,7 @@ def random_prompts(*lengths, seed=0) -> list[list[int]]:
 
 
 PHI, OPT = FAMILIES["phi"].values, FAMILIES["opt"].values
+GEMMA, OLMO2 = FAMILIES["gemma"].values, FAMILIES["olmo2"].values
 SHAPES = {
     "mha, tied": {"n_kv_heads": 4, "tie_embeddings": True},
     "gqa": {},
@@ -34,6 +35,9 @@ SHAPES = {
     "window": {"windows": [5, 5]},
     "window in one layer": {"windows": [None, 3]},
     "partial rotary, parallel": PHI,
+    "norms that add one, scaled embeddings": GEMMA | {"n_kv_heads": 1, "max_seq_len": 64},
+    "norms of outputs": OLMO2,
+    "a layer without rotary": {"rope_layers": [1, 0], "windows": [None, 3]},
     "learned positions": OPT | {"tie_embeddings": False, "position_offset": 0},
     "learned positions with an offset": OPT | {"tie_embeddings": False},
     "projected embeddings, norms behind": OPT | {"embed_dim": 8, "norm_first": False},

@@ -121,8 +121,9 @@ def family(request) -> Transformer:
     """A model of each family. GPT-2 stores three projections in one matrix, and transposed."""
     fields = {"family": request.param} | FAMILIES[request.param].values
     sizes = {"vocab_size": 31, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+    sizes |= {"n_kv_heads": 2, "head_dim": 8, "max_seq_len": 32}
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**sizes | {"head_dim": 8, "max_seq_len": 32} | fields))
+    return Transformer(ModelConfig(**fields | sizes))
 
 
 def test_every_projection_of_every_family_gets_an_adapter(family):

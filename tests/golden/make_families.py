@@ -25,6 +25,7 @@ GROUPED = SIZES | {"num_key_value_heads": 2, "rms_norm_eps": 0.05}
 ROPE = {"rope_theta": 100.0}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_type": "llama3"}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.25, 3.0], "long_factor": [2.0, 8.0]}
 PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 GPT2 = {"vocab_size": 23, "n_layer": 2, "n_positions": 32, "n_embd": 16, "n_head": 4}
@@ -49,6 +50,24 @@ CASES = {
     "opt-350m": (
         "OPT",
         OPT | {"ffn_dim": 24, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+    ),
+    "gemma": (
+        "Gemma",
+        GROUPED | {"head_dim": 8, "rope_parameters": {"rope_type": "default"} | ROPE},
+    ),
+    "olmo2": ("Olmo2", GROUPED | {"rope_parameters": {"rope_type": "default"} | ROPE}),
+    "smollm3-window": (
+        "SmolLM3",
+        GROUPED
+        | WINDOW
+        | {"no_rope_layer_interval": 2, "rope_parameters": {"rope_type": "default"} | ROPE},
+    ),
+    "phi3-longrope": (
+        "Phi3",
+        GROUPED
+        | {"num_attention_heads": 2, "rope_parameters": LONGROPE | ROPE}
+        | {"max_position_embeddings": 96, "original_max_position_embeddings": 24}
+        | {"partial_rotary_factor": 0.5, "tie_word_embeddings": True},
     ),
     "phi3": ("Phi3", GROUPED | {"partial_rotary_factor": 0.5, "rope_parameters": PARTIAL | ROPE}),
 }

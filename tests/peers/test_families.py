@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import data
 import orpo
 import train
-from model import Transformer
+from model import ModelConfig, Transformer
 from tests.golden import make_families
 from tests.small import packed, plain
 
@@ -25,6 +25,12 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 4.0],
+    "long_factor": [1.0, 3.0, 16.0],
     "rope_theta": 100.0,
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
@@ -47,6 +53,35 @@ FAMILIES = {
     "phi3, window, tied, partial rotary": (
         "Phi3",
         GROUPED | {"sliding_window": 7, "tie_word_embeddings": True, "partial_rotary_factor": 0.5},
+    ),
+    "phi3, longrope": (
+        "Phi3",
+        GROUPED
+        | {"rope_parameters": LONGROPE, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 160, "original_max_position_embeddings": 40},
+    ),
+    "gemma": ("Gemma", GROUPED | {"head_dim": 16}),
+    "gemma, one kv head, untied": (
+        "Gemma",
+        SIZES | {"num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": False},
+    ),
+    "olmo2": ("Olmo2", GROUPED),
+    "olmo2, tied, llama3 rope": (
+        "Olmo2",
+        SIZES | {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "attention_bias": True},
+    ),
+    "smollm3": ("SmolLM3", GROUPED | {"no_rope_layer_interval": 2}),
+    "smollm3, window, untied, biases": (
+        "SmolLM3",
+        GROUPED
+        | {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5}
+        | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
+    "smollm3, window in other layers": (
+        "SmolLM3",
+        GROUPED
+        | {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ),
     "phi": ("Phi", SIZES | {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new"}),
     "gpt2": (
@@ -219,7 +254,8 @@ def test_published_configs_with_old_keys_mean_the_same(pair, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters", None) or {}
     config["torch_dtype"] = config.pop("dtype", "float32")
-    config.pop("layer_types", None)
+    if "no_rope_layers" not in config:  # SmolLM3 has always had both lists
+        config.pop("layer_types", None)
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
@@ -242,7 +278,40 @@ def test_keys_that_a_config_leaves_out_mean_what_they_mean_there(name, tmp_path)
     same(Transformer.from_pretrained(tmp_path)(TOKENS), logits_of(model))
 
 
-@pytest.mark.parametrize("other", ["GPTNeoX", "Gemma", "Mixtral"])
+@pytest.mark.parametrize("family", ["Gemma", "Olmo2", "SmolLM3"])
+def test_every_default_of_a_config_is_theirs(family, tmp_path):
+    """A config.json with only the sizes that must be there."""
+    sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
+    sizes |= {"num_hidden_layers": 9, "num_attention_heads": 16, "hidden_size": 64}
+    theirs = getattr(transformers, f"{family}Config")(**sizes)
+    about = json.dumps(sizes | {"model_type": theirs.model_type})
+    (tmp_path / "config.json").write_text(about)
+    ours = ModelConfig.from_json(tmp_path / "config.json")
+    head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert (ours.n_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+    assert (ours.norm_eps, ours.activation) == (theirs.rms_norm_eps, theirs.hidden_act)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.rope_layers == getattr(theirs, "no_rope_layers", [1] * 9)
+    assert ours.windows == [None] * 9 and not ours.qkv_bias and not ours.mlp_bias
+
+
+def test_gemma_in_bfloat16_is_theirs(tmp_path):
+    """Its embeddings and its norms to the last bit. sqrt(32) is rounded in bfloat16."""
+    model = theirs("gemma").bfloat16()
+    model.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path)
+    seen = []
+    ours.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        ours(TOKENS)
+        assert torch.equal(seen[0], model.model.embed_tokens(TOKENS).flatten(0, 1))
+        x = seen[0]
+        assert torch.equal(ours.norm(x), model.model.norm(x))
+
+
+@pytest.mark.parametrize("other", ["GPTNeoX", "Gemma2", "Mixtral"])
 def test_other_architectures_are_refused_with_what_is_supported(tmp_path, other):
     getattr(transformers, f"{other}Config")().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not supported, only llama, mistral, qwen2, .*opt"):
@@ -255,7 +324,9 @@ CHATML = (
 )
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "phi", "phi3", "opt", "opt-350m"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "gpt2", "phi", "phi3", "opt", "opt-350m", "gemma", "olmo2", "smollm3"]
+)
 def test_a_trained_model_is_handed_back_whole(name, tmp_path):
     """train.py from a folder of transformers to a folder of transformers, over messages: the
     prompt's ids, and the greedy answer with its end, are the same there and here."""
