@@ -159,7 +159,7 @@ def make(variant: Variant, device: torch.device):
 
 
 def measure(variant: Variant, n_steps: int, device: torch.device) -> str:
-    """One row: the median of the steps behind three that warm up. MFU is of the operations that a
+    """One row: the median of the steps after three that warm up. MFU is of the operations that a
     step needs, without what is computed twice."""
     torch._dynamo.reset()  # graphs of another shape would be guarded against, and count as many
     torch.cuda.reset_peak_memory_stats()
@@ -303,7 +303,7 @@ def kind_of(name: str) -> str:
 
 
 def profile(variant: Variant, device: torch.device):
-    """One step behind three others: time by kind of kernel, and what the device was idle for."""
+    """One step after three others: time by kind of kernel, and what the device was idle for."""
     model, optimizer, config, _, batches = make(variant, device)
     for _ in range(3):
         train.training_step(model, optimizer, batches, config)
@@ -409,7 +409,7 @@ def count_step(variant: Variant):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("check", "speed", "7b", "trl", "profile"))
-    parser.add_argument("--steps", type=int, default=6, help="behind those that warm up")
+    parser.add_argument("--steps", type=int, default=6, help="after those that warm up")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="of trl")
     parser.add_argument("--count", action="store_true", help="profile: without a card, count")
     args = parser.parse_args()

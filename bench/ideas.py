@@ -2,7 +2,7 @@
 
     python -m bench.ideas [--ratios 1:4 1:1 4:1 16:1] [--dtype float32|bfloat16] [--rounds N]
 
-    a  padded          every response behind its own copy of the prompt, padded to the longest
+    a  padded          every response after its own copy of the prompt, padded to the longest
     b  packed          the same sequences end to end
     c  shared prefix   prompt, chosen, rejected end to end: each prompt once
     d  lm_head         only where a prediction carries weight

@@ -209,7 +209,7 @@ class Worker:
 def alternate(
     names, pair_set, dtype, rounds: int, seconds: float, warmup: int, threads: int
 ) -> str:
-    """One table: the workers, stepped in turn, at most so many rounds or seconds after warm-up."""
+    """One table: the workers in turn, until the rounds or the seconds after warm-up are over."""
     size = PAIRS_A_STEP[pair_set]
     workers = []
     with tempfile.TemporaryDirectory() as folder:

@@ -115,7 +115,7 @@ def main():
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if args.what == "pack":
-        return pack()
+        return packing()
     if len(args.paths) < 2:
         parser.error("tokenize needs a text and at least one folder")
     text = args.paths[0].read_text(encoding="utf-8", errors="replace")

@@ -139,9 +139,9 @@ def mean_over(s: Side, rows: Tensor) -> Tensor:
 
 
 def and_the_next(rows: Tensor) -> Tensor:
-    """`rows` (B, T) and the row behind each: what a mask over inputs, not targets, selects.
+    """`rows` (B, T) and the row after each: what a mask over inputs, not targets, selects.
 
-    Where the last row is selected already, there is none behind it.
+    Where the last row is selected already, there is none after it.
     """
     return rows | F.pad(rows, (1, 0))[:, :-1]
 
@@ -316,7 +316,7 @@ def llama_factory(batch):
 # ---------------------------------------------------------------------------------------------
 # The authors, as public with the paper and as of their last commit. Log-probabilities are turned
 # into float64, the loss into bfloat16. Their mask, the difference of two masks shifted against
-# each other, also holds the row behind the response, whose target is the first padding.
+# each other, also holds the row after the response, whose target is the first padding.
 
 AUTHORS = "xfactlab/orpo, src/orpo_trainer.py"
 AUTHORS_FIRST = Project(
@@ -499,7 +499,7 @@ def mlx_lm_lora_fixed(batch):
 
 
 # ---------------------------------------------------------------------------------------------
-# mlx-vlm. By default (train_on_completions=False) the prompt is in log P, and the row behind the
+# mlx-vlm. By default (train_on_completions=False) the prompt is in log P, and the row after the
 # response too; L_SFT is -log P. The floor of -1e-8 has no effect in float32, where e^-1e-8 is 1.
 
 MLX_VLM = Project(

@@ -67,7 +67,7 @@ def golden_cases() -> dict[str, list[Case]]:
 
 
 def side(logits, targets, response) -> Side:
-    """From lists. What stands behind the last response row is padding."""
+    """From lists. What comes after the last response row is padding."""
     response = torch.tensor(response)
     real = response.flip(1).cummax(1).values.flip(1)
     logits = torch.tensor(logits, dtype=torch.float64)
@@ -174,13 +174,13 @@ def judge(function: Callable, case: Case, dtype: torch.dtype) -> Verdict:
 # answer is got from outside, by calling the function and reading its loss and its gradient.
 
 P_PROMPT, P_PADDING = 0.125, 0.75  # of the target; as if the padding had been learned
-N_PADDING = 2  # rows of it behind the longest response
+N_PADDING = 2  # rows of it after the longest response
 
 
 def side_of(prompts: list[int], responses: list[list[float]], n_rows: int) -> Side:
     """Rows of four logits whose target, 0, has a known probability; the other three share the rest.
 
-    A pair is so many prompt rows, then a row for each probability in its response, then padding.
+    A pair is this many prompt rows, then a row for each probability in its response, then padding.
     """
     rows, masks = [], []
     for n_prompt, response in zip(prompts, responses, strict=True):

@@ -14,8 +14,8 @@ reported facts choose nothing. Then three seeds, with all training pairs: at eac
 rate, and all at one rate, LR. With SFT and ORPO also on pairs of which 20% or 50% of the labels are
 flipped. CLAIMS, below, was written before the comparison ran.
 
-A finished run is a file in --out, so an interrupted comparison goes on where it stopped; remove the
-folder to start again. Two processes run side by side, a thread each. Needs matplotlib
+A finished run is a file in --out, so an interrupted comparison continues where it stopped; remove
+the folder to start again. Two processes run side by side, a thread each. Needs matplotlib
 (requirements-dev.txt).
 """
 

@@ -21,7 +21,7 @@ that nothing was trained on: how much likelier the *base* model makes "They were
 "They were very sad." after the continuation. It knows no word list, and correlates with VADER by
 0.3 on the base model's samples. CLAIMS, below, was written before the experiment ran.
 
-A finished run is a file in --out, so an interrupted experiment goes on where it stopped. Two
+A finished run is a file in --out, so an interrupted experiment continues where it stopped. Two
 processes run side by side, a thread each. Needs vaderSentiment and matplotlib
 (requirements-dev.txt).
 """

@@ -87,7 +87,7 @@ class AddedTokens:
     """The added tokens in a text: the leftmost, then the longest.
 
     With lstrip or rstrip a token takes the white space on that side along; with single_word it
-    counts only where no word goes on beside it.
+    counts only where no word continues beside it.
     """
 
     def __init__(self, tokens: list[dict]):
