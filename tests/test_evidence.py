@@ -17,7 +17,15 @@ from model import Transformer
 ROOT = Path(data.__file__).resolve().parent
 BASE = ROOT / "examples" / "facts" / "base"
 
-from experiments import compare, compare_report, evidence, methods, sentiment, sentiment_report
+from experiments import (
+    compare,
+    compare_report,
+    evidence,
+    methods,
+    real_model,
+    sentiment,
+    sentiment_report,
+)
 from experiments.methods import Logps, Method
 
 needs_matplotlib = pytest.mark.skipif(
@@ -398,3 +406,53 @@ def test_the_experiments_report_is_written_with_its_figure(tmp_path):
     text = (tmp_path / "sentiment.md").read_text()
     assert all(claim in text for claim, *_ in claims.values())
     assert "<svg" in (tmp_path / "sentiment.svg").read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# real_model.py
+
+
+def ends_of(margins: dict[str, float], rejected: dict[str, float]) -> dict:
+    """Twenty pairs a method, with a little spread, about these means."""
+    spread = torch.linspace(-0.01, 0.01, 20)
+    return {
+        name: {
+            "rejected": (rejected[name] + spread).tolist(),
+            "chosen": (rejected[name] + margins[name] + 2 * spread).tolist(),
+        }
+        for name in margins
+    }
+
+
+def test_the_claims_about_a_real_model_can_come_out_both_ways():
+    sft, small, large = real_model.METHODS
+    base = {"chosen": [-2.0] * 20, "rejected": [-2.0] * 20}
+    margins = {sft: -0.1, small: 0.0, large: 0.5}
+    good = ends_of(margins, {sft: -1.5, small: -1.6, large: -2.5})
+    assert {k: v[0] for k, v in real_model.judge(base, good).items()} == {
+        "raises": "yes",
+        "separates": "yes",
+        "lam": "yes",
+        "prefers": "yes",
+    }
+    margins = {sft: 0.5, small: 0.6, large: -0.5}
+    bad = ends_of(margins, {sft: -2.5, small: -2.5, large: -1.5})
+    assert {v[0] for v in real_model.judge(base, bad).values()} == {"no"}
+    same = ends_of(dict.fromkeys(real_model.METHODS, 0.0), dict.fromkeys(real_model.METHODS, -2.0))
+    assert {v[0] for v in real_model.judge(base, same).values()} == {"not shown"}
+
+
+def test_distinct_2_counts_neighbouring_words():
+    assert real_model.distinct_2(["a b a b", "c"]) == 2 / 3
+    assert real_model.distinct_2(["one"]) == 0
+
+
+def test_a_real_model_is_trained_by_every_method_and_kept(shared, tmp_path, monkeypatch):
+    """On stories260K, with few pairs; a second call computes nothing."""
+    flags = [shared / "stories260K", shared / "alpaca-pairs" / "train.jsonl"]
+    flags += [shared / "alpaca-pairs" / "eval.jsonl", "--try", "--out", tmp_path]
+    monkeypatch.setattr("sys.argv", ["real_model", *map(str, flags)])
+    real_model.main()
+    assert len([*tmp_path.iterdir()]) == 2 * len(real_model.METHODS)
+    monkeypatch.setattr(real_model, "fit", None)
+    real_model.main()
