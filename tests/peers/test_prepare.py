@@ -30,7 +30,7 @@ def test_parquet_in_ultrafeedback_s_form(tmp_path):
     ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "3 pairs of 3 rows" in done.stdout
-    assert "3 from dialogues with a common beginning" in done.stdout
+    assert "3 from messages" in done.stdout
     assert "ignored columns: score_chosen (3 rows)" in done.stdout
     row = data.load_preferences(out)[0]
     assert (row.prompt, row.chosen, row.rejected) == ([dialogue[0]], [dialogue[1]], [worse[1]])
