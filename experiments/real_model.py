@@ -75,12 +75,12 @@ CLAIMS = {
 
 
 class Sizes(NamedTuple):
-    n_steps: int = 20
+    n_steps: int = 12
     batch_size: int = 8
-    n_eval: int = 96  # held-out pairs
-    n_choose: int = 32  # pairs of training instructions that choose the rate
-    n_asked: int = 32  # held-out instructions that are answered
-    n_new: int = 96  # tokens of an answer
+    n_eval: int = 64  # held-out pairs
+    n_choose: int = 24  # pairs of training instructions that choose the rate
+    n_asked: int = 24  # held-out instructions that are answered
+    n_new: int = 64  # tokens of an answer
     max_length: int = 512
     seed: int = 42
 
