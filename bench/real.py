@@ -205,6 +205,8 @@ def main():
             runs[name, seed] = tuple(run(arguments, "--serve", name, "--seed", str(seed)))
             print(f"{name}, seed {seed}: {runs[name, seed][1]}", file=sys.stderr, flush=True)
     text = f"{head(os.cpu_count())}\n{report(args, base, runs)}"
+    for path in (args.model, args.train, args.eval, args.out):
+        text = text.replace(str(path), path.name) if path else text
     print(text)
     if args.out:
         write(text, args.out)
