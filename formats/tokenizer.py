@@ -16,12 +16,12 @@ library does not offer. Every id is held to that library's in tests/peers/.
 import json
 import re
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby
 from pathlib import Path
 
 import sentencepiece
 
+from formats.bpe import BPE, WordIds
 from formats.chat_template import (
     AUTHORS_CHAT_TEMPLATE,
     BOS_IN_FRONT,
@@ -127,25 +127,6 @@ class AddedTokens:
             done = end
         if done < len(text):
             yield text[done:]
-
-
-class WordIds(dict):
-    """The ids of words by `encode`, kept until there are `most` of them, which take some 60 MB."""
-
-    most = 1 << 18
-
-    def __init__(self, encode):
-        super().__init__()
-        self.encode = encode
-
-    def __missing__(self, word: str):
-        if len(self) >= self.most:
-            self.clear()
-        ids = self[word] = self.encode(word)
-        return ids
-
-    def of(self, words: list[str]) -> list[int]:
-        return list(chain.from_iterable(map(self.__getitem__, words)))
 
 
 class Tokenizer:
@@ -331,67 +312,42 @@ class SentencePieceTokenizer(Tokenizer):
         return (self.sp if at_start else self.sp_raw).decode(ids)
 
 
-# ---------------------------------------------------------------------------------------------
-# Byte-pair encoding by hand.
-
-# Byte-level pieces are written in printable characters, one for each byte: itself where it is
-# printable in Latin-1, else the next of those from U+0100 on (a space is Ġ).
-CHARACTER_OF_BYTE = {i: chr(i) for i in range(256) if chr(i).isprintable() and chr(i) != " "}
-_UNPRINTABLE = [byte for byte in range(256) if byte not in CHARACTER_OF_BYTE]
-CHARACTER_OF_BYTE |= {byte: chr(256 + i) for i, byte in enumerate(_UNPRINTABLE)}
-BYTE_OF_CHARACTER = {character: bytes([byte]) for byte, character in CHARACTER_OF_BYTE.items()}
-BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # sentencepiece's byte fallback
-
-
 class BPETokenizer(Tokenizer):
-    """tokenizer.json: byte-pair merges over the bytes of words, or over characters with ▁ for a
-    space. Its post_processor is not used."""
+    """tokenizer.json: added tokens, normalizer, pre_tokenizer, model and decoder. Its
+    post_processor is not used: encode_prompt of data.py says where BOS goes."""
 
     def __init__(self, file: Path, config: dict, spec: dict):
-        model = spec["model"]
-        if model.get("type", "BPE") != "BPE":
-            raise UnsupportedStep(f"a model of type {model['type']!r:.80}")
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option):
-                raise UnsupportedStep(f"a model with {option} {model[option]!r:.80}")
-        self.vocab, self.ignore_merges = model["vocab"], model.get("ignore_merges")
-        self.byte_fallback, self.fuse_unk = model.get("byte_fallback"), model.get("fuse_unk")
-        self.unknown = model.get("unk_token")
-        self.pieces = {i: piece for piece, i in self.vocab.items()}
-        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
-        for a, b in self.ranks:
-            if not a or not b or a + b not in self.vocab:
-                raise ValueError(f"{file.name}: merging {a!r} and {b!r} gives no token")
         self._set_steps(config, spec)
-        self.word_ids = WordIds(self.merge_word)
         # GPT-2's tokenizer_config.json names no special tokens, but the model's has their ids.
         ids = optional_json(file.parent / "config.json")
         defaults = {name: ids.get(f"{name}_id") for name in ("bos_token", "eos_token")}
-        super().__init__(file, config, self.vocab, spec.get("added_tokens") or [], defaults)
-        if not self.byte_level:  # an added token is decoded like any piece: its ▁ is a space too
+        vocab = self.model.vocab
+        super().__init__(file, config, vocab, spec.get("added_tokens") or [], defaults)
+        if not self.model.over_bytes:  # an added token is decoded like any piece: its ▁ is a space
             normalized = {int(t["id"]): text for text, t in self.normalized_added.tokens.items()}
-            self.pieces, self.text_of_added = self.pieces | self.text_of_added | normalized, {}
+            self.model.pieces |= self.text_of_added | normalized
+            self.text_of_added = {}
 
     def _set_steps(self, config: dict, spec: dict):
-        """Sets what happens before the merges, and how pieces become text again."""
+        """Sets what happens to a text before the merges, the model, and whether decoding removes
+        the space in front."""
         parts = ("normalizer", "pre_tokenizer", "decoder")
         normalizer, pre_tokenizer, decoder = (steps_of(spec, part) for part in parts)
-        # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says.
-        self.llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
         kinds = [step["type"] for step in decoder]
-        self.byte_level = kinds == ["ByteLevel"]
-        anew = self.llama and not self.byte_level
-        self.inside = Where.INSIDE if config.get("legacy", not anew) else Where.CONTINUES
-        if self.byte_level != any(step["type"] == "ByteLevel" for step in pre_tokenizer):
+        over_bytes = kinds == ["ByteLevel"]
+        self.model = BPE(spec["model"], over_bytes, joins_bytes="ByteFallback" in kinds)
+        if over_bytes != any(step["type"] == "ByteLevel" for step in pre_tokenizer):
             raise UnsupportedStep("a decoder of another kind than the pre_tokenizer")
         sentencepiece_like = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-        if not self.byte_level and not (kinds and {*kinds} <= sentencepiece_like):
+        if not over_bytes and not (kinds and {*kinds} <= sentencepiece_like):
             raise UnsupportedStep(f"a decoder of {', '.join(kinds) or 'no steps'}")
-        if self.byte_level and pre_tokenizer[-1]["type"] != "ByteLevel":
+        if over_bytes and pre_tokenizer[-1]["type"] != "ByteLevel":
             raise UnsupportedStep("a pre_tokenizer with a step after ByteLevel")
         self.strips = bool({"Strip", "Metaspace"} & {*kinds})
-        self.joins_bytes = "ByteFallback" in kinds
+        # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says.
+        self.llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        anew = self.llama and not over_bytes
+        self.inside = Where.INSIDE if config.get("legacy", not anew) else Where.CONTINUES
         self.class_elsewhere = class_elsewhere(config, normalizer, pre_tokenizer)
         asked = config.get("add_prefix_space")
         if asked is not None:
@@ -400,8 +356,8 @@ class BPETokenizer(Tokenizer):
         self.words = make_pre_tokenizer(pre_tokenizer)
         # Where a whole text is one word, and no merge reaches over a space, splitting in front of
         # spaces changes nothing, and words that occur again can be cached.
-        inside = any("▁" in (a + b).lstrip("▁") for a, b in self.ranks)
-        self.resplit = not (self.byte_level or self.ignore_merges or inside)
+        inside = any("▁" in (a + b).lstrip("▁") for a, b in self.model.ranks)
+        self.resplit = not (over_bytes or self.model.ignore_merges or inside)
 
     def find_added(self, tokens: list[dict]) -> AddedTokens:
         """Without those that are looked for in the normalized text, as they are normalized."""
@@ -418,60 +374,20 @@ class BPETokenizer(Tokenizer):
     def encode_text(self, text: str, where: Where) -> list[int]:
         if where == Where.INSIDE:
             where = self.inside
-        text, ids = self.normalize(text, where), []
-        for part in self.normalized_added.split(text):
+        ids = []
+        for part in self.normalized_added.split(self.normalize(text, where)):
             if isinstance(part, int):
                 ids.append(part)
-                where = self.inside
-                continue
-            words = self.words(part, where)
-            if self.resplit:
-                words = chain.from_iterable(map(SPACES_AND_WORD, words))
-            ids += self.word_ids.of(words)
+            else:
+                words = self.words(part, where)
+                if self.resplit:
+                    words = chain.from_iterable(map(SPACES_AND_WORD, words))
+                ids += self.model.word_ids.of(words)
             where = self.inside
         return ids
 
-    def merge_word(self, word: str) -> tuple[int, ...]:
-        """The ids of one word. A character that the vocabulary lacks is encoded as its bytes, where
-        it has these, else as the unknown token, and without one it is left out."""
-        if self.byte_level:
-            word = word.encode().decode("latin-1").translate(CHARACTER_OF_BYTE)
-        if self.ignore_merges and word in self.vocab:
-            return (self.vocab[word],)
-        symbols, waiting = (
-            [],
-            [],
-        )  # an unknown token waits for the next known one, as in the library
-        for c in word:
-            as_bytes = [f"<0x{byte:02X}>" for byte in c.encode()] if self.byte_fallback else []
-            if c in self.vocab:
-                symbols += [*waiting, c]
-                waiting = []
-            elif as_bytes and all(piece in self.vocab for piece in as_bytes):
-                symbols += as_bytes
-            elif self.unknown:
-                symbols += [] if self.fuse_unk else waiting
-                waiting = [self.unknown]
-        symbols += waiting
-        return tuple(self.vocab[symbol] for symbol in merge_symbols(symbols, self.ranks))
-
     def decode_text(self, ids: list[int], at_start: bool) -> str:
-        """As the tokenizers library: an id without a piece (a padded embedding has such) gives no
-        text, and bytes that are not UTF-8 give U+FFFD."""
-        pieces = [self.pieces.get(i, "") for i in ids]
-        if self.byte_level:
-            raw = b"".join(BYTE_OF_CHARACTER.get(c) or c.encode() for c in "".join(pieces))
-            return raw.decode("utf-8", errors="replace")
-        text = ""
-        for is_byte, run in groupby(pieces, key=BYTE_PIECES.__contains__):
-            if is_byte and self.joins_bytes:
-                raw = bytes(map(BYTE_PIECES.get, run))
-                try:
-                    text += raw.decode()
-                except UnicodeDecodeError:
-                    text += "\ufffd" * len(raw)
-            else:
-                text += "".join(run).replace("▁", " ")
+        text = self.model.text_of(ids)
         return text.removeprefix(" ") if at_start and self.strips else text
 
 
@@ -514,32 +430,6 @@ def with_prefix(asked: bool, normalizer: list[dict], pre_tokenizer: list[dict]):
             step = step | {"add_prefix_space": asked}
         changed.append(step)
     return normalizer, changed
-
-
-def merge_symbols(symbols: list[str], ranks: dict) -> list[str]:
-    """Merges neighbours, always the pair of lowest rank, of several the leftmost, until none is
-    left that has a rank.
-
-    A heap of pairs and a linked list of symbols take n log n steps, even for a page without spaces.
-    """
-    n = len(symbols)
-    symbols = [*symbols, ""]  # "" is in no pair: it ends the text and, as number -1, begins it
-    before, after = list(range(-1, n)), list(range(1, n + 1))
-    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
-    heapify(heap)
-    while heap:
-        rank, i = heappop(heap)
-        j = after[i]
-        if ranks.get((symbols[i], symbols[j])) != rank:
-            continue  # one of the two has been merged with its other neighbour since
-        symbols[i] += symbols[j]
-        symbols[j] = ""
-        k = after[i] = after[j]
-        before[k] = i
-        for left, right in ((before[i], i), (i, k)):
-            if (pair := (symbols[left], symbols[right])) in ranks:
-                heappush(heap, (ranks[pair], left))
-    return [symbol for symbol in symbols if symbol]
 
 
 QWEN2_WORDS = (

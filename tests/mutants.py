@@ -122,7 +122,7 @@ MUTANTS = [
     # Tokens.
     Mutant("a shorter special token first", "formats/tokenizer.py",
            "key=len, reverse=True", "key=len", "tokenizer"),
-    Mutant("merges by the highest rank", "formats/tokenizer.py",
+    Mutant("merges by the highest rank", "formats/bpe.py",
            "heappush(heap, (ranks[pair], left))", "heappush(heap, (-ranks[pair], left))",
            "tokenizer"),
     Mutant("templates keep the newline behind a block", "formats/chat_template.py",
@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant("templates keep spaces before a block", "formats/chat_template.py",
            "lstrip_blocks=True", "lstrip_blocks=False", "tokenizer"),
     Mutant("no NFC", "formats/words.py", "unicodedata.normalize(form, text)", "text", "tokenizer"),
-    Mutant("ignore_merges is ignored", "formats/tokenizer.py",
+    Mutant("ignore_merges is ignored", "formats/bpe.py",
            "if self.ignore_merges and word in self.vocab:", "if False:", "tokenizer"),
     # The transformer.
     Mutant("another rope_theta", "model.py",

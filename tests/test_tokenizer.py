@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from data import encode_prompt
-from formats.tokenizer import CHARACTER_OF_BYTE, QWEN2_WORDS, load_tokenizer, merge_symbols
+from formats.bpe import CHARACTER_OF_BYTE, merge_symbols
+from formats.tokenizer import QWEN2_WORDS, load_tokenizer
 from formats.words import GPT2_WORDS, Split
 from tests.conftest import train_sentencepiece
 from tests.tokenizer_json import LEVEL, LLAMA3_WORDS, byte_level, llama2, metaspace

@@ -1,6 +1,7 @@
 """tokenizer.json by hand, of the kinds that formats/tokenizer.py reads."""
 
-from formats.tokenizer import CHARACTER_OF_BYTE, QWEN2_WORDS
+from formats.bpe import CHARACTER_OF_BYTE
+from formats.tokenizer import QWEN2_WORDS
 
 LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 

@@ -8,7 +8,8 @@ import pytest
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
-from formats.tokenizer import CHARACTER_OF_BYTE, load_tokenizer
+from formats.bpe import CHARACTER_OF_BYTE
+from formats.tokenizer import load_tokenizer
 
 APOSTROPHES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
