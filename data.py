@@ -54,6 +54,7 @@ class Pair(NamedTuple):
     accept: list[str] | None = None  # answers that count as right, where they can be listed
     chat: bool = False  # written as messages, which went through the chat template
     cut: tuple[bool, bool] = (False, False)  # chosen, rejected: so long that the end, EOS, is lost
+    n_bos: int = 0  # responses that began with BOS, which is left out
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -102,15 +103,13 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     prompt_text, texts = texts_of(tokenizer, row)
     chat = not isinstance(row.prompt, str)
     prompt = encode_prompt(tokenizer, prompt_text, chat)
-    responses = []
-    for text in texts:
-        ids = tokenizer.encode(text, continuation=True)
-        if tokenizer.eos_id in ids:  # the template's own; what follows it is never generated
-            ids = ids[: ids.index(tokenizer.eos_id)]
-        if not ids:
-            return "empty response"
-        responses.append(ids if tokenizer.eos_id is None else [*ids, tokenizer.eos_id])
-    chosen, rejected = responses
+    # We judge emptiness by what the answer says, as a template writes something around nothing.
+    said = [row.chosen[0]["content"], row.rejected[0]["content"]] if chat else texts
+    (chosen, had_bos), (rejected, had_bos_too) = (encode_response(tokenizer, x) for x in texts)
+    if not (chosen and rejected and all(text.strip() for text in said)):
+        return "empty response"
+    if tokenizer.eos_id is not None:
+        chosen, rejected = [*chosen, tokenizer.eos_id], [*rejected, tokenizer.eos_id]
     if chosen == rejected:
         return "identical responses"
     if not prompt:
@@ -124,7 +123,25 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
         return f"identical once cut to {max_length} tokens"
     arrays = (np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room]))
     cut = len(chosen) > room, len(rejected) > room
-    return Pair(*arrays, row.where, row.accept, chat, cut)
+    return Pair(*arrays, row.where, row.accept, chat, cut, had_bos + had_bos_too)
+
+
+def encode_response(tokenizer, text: str) -> tuple[list[int], bool]:
+    """A response without BOS and EOS, and whether it began with BOS.
+
+    EOS counts as the end where only white space follows, as a template writes it, which is never
+    generated. Any other is text of the answer, for instance one that is about HTML.
+    """
+    ids = tokenizer.encode(text, continuation=True)
+    had_bos = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
+    if had_bos:
+        ids = ids[1:]
+    while tokenizer.eos_id in ids:
+        last = len(ids) - 1 - ids[::-1].index(tokenizer.eos_id)
+        if tokenizer.decode(ids[last + 1 :]).strip():
+            break
+        ids = ids[:last]
+    return ids, had_bos
 
 
 def encode_pairs(
@@ -157,6 +174,8 @@ def summary(rows: list[Preference], pairs: list[Pair], dropped: Counter, max_len
         f"cut to {max_length} tokens, so without EOS: {chosen} chosen, {rejected} rejected",
         *warnings_of(rows),
     ]
+    if n_bos := sum(pair.n_bos for pair in pairs):
+        lines.append(f"{n_bos} responses began with BOS, which is left out")
     ignored = {key for row in rows for key in row.ignored}
     if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
         text = f"warning: {' and '.join(used)} not used; tools/prepare.py puts such columns"

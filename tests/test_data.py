@@ -441,9 +441,44 @@ def test_messages_end_at_eos_once(tokenizer):
     ]
 
 
-def test_an_empty_message_is_an_empty_response(tokenizer):
-    pair = encode_pair(tokenizer, row_of([Q], [assistant("")], [NO]), 99, 99)
-    assert pair == "empty response"
+def test_an_empty_message_is_an_empty_response_whatever_its_template_writes(tokenizer):
+    """Also where the end of a turn is not EOS, and white space is nothing."""
+    for template in (None, "{% for m in messages %}<{{ m.content }}>\n{% endfor %}"):
+        tokenizer.chat_template = template or tokenizer.chat_template
+        for said in ("", " \n"):
+            row = row_of([Q], [assistant(said)], [NO])
+            assert encode_pair(tokenizer, row, 99, 99) == "empty response"
+            row = row_of([Q], [YES], [assistant(said)])
+            assert encode_pair(tokenizer, row, 99, 99) == "empty response"
+    assert encode_pair(tokenizer, row_of("q", " ", "b"), 99, 99) == "empty response"
+
+
+def test_eos_within_an_answer_is_text_and_at_its_end_is_its_end(tokenizer):
+    """As of an answer that is about HTML; white space after the last EOS is a template's."""
+    for text, wanted in (
+        ("a</s>b", ["a", 2, "b"]),
+        ("</s> closes", [2, " closes"]),
+        ("a</s>", ["a"]),
+        ("a</s> \n", ["a"]),
+        ("a</s></s>\n", ["a"]),
+        ("a</s>b</s>", ["a", 2, "b"]),
+    ):
+        ids = []
+        for part in wanted:
+            new = [part] if part == 2 else tokenizer.encode(part, continuation=True)
+            ids += new
+        pair = encode_pair(tokenizer, row_of("q", text, "other"), 999, 999)
+        assert tokens(pair)[1] == [*ids, 2], text
+
+
+def test_bos_in_front_of_an_answer_is_left_out_and_counted(tmp_path, tokenizer):
+    rows = [row("q", "<s>yes", "no"), row("q", "<s>yes", "<s>no"), row("q", "yes", "a <s> b")]
+    loaded = load_preferences(write_rows(tmp_path / "rows.jsonl", *rows))
+    pairs, dropped = encode_pairs(tokenizer, loaded, 99, 98)
+    assert [pair.n_bos for pair in pairs] == [1, 2, 0] and 1 in tokens(pairs[2])[2]
+    assert not any(1 in tokens(pair)[1] for pair in pairs)
+    text = "\n".join(data.summary(loaded, pairs, dropped, 99))
+    assert "3 responses began with BOS, which is left out" in text
 
 
 LOOP = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
