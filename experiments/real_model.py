@@ -1,7 +1,7 @@
 """The paper's Figures 3 and 7 with a real language model: SFT and ORPO on real pairs.
 
-    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl            half an hour on a CPU
-    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl --try      minutes, to see it run
+    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl          45 minutes on 2 CPU cores
+    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl --try    minutes, to see it run
 
 MODEL is SmolLM2-135M-Instruct (the paper's smallest model has 125 million parameters), the pairs
 are AlpacaEval's published annotations: typical answers of 77 models, the better one by a GPT-4
