@@ -206,9 +206,7 @@ class Worker:
             self.process.wait()
 
 
-def alternate(
-    names, pair_set, dtype, rounds: int, seconds: float, warmup: int, threads: int
-) -> str:
+def alternate(names, pair_set, dtype, rounds, seconds, warmup, threads) -> str:
     """One table: the workers in turn, until the rounds or the seconds after warm-up are over."""
     size = PAIRS_A_STEP[pair_set]
     workers = []

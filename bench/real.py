@@ -26,7 +26,7 @@ import data
 import train
 from bench.step import memory_gb, positive
 from model import Transformer
-from run.flags import TrainConfig
+from run.flags import TrainConfig, page_parser
 from run.processes import pick_device
 from tools.report import head, table, write
 
@@ -174,11 +174,7 @@ def report(args, base: dict, runs: dict[tuple[str, int], tuple[list, dict]]) -> 
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = page_parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("train", type=Path)
     parser.add_argument("eval", type=Path)

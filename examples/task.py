@@ -16,7 +16,7 @@ answers of a pair are such as the base model gives by itself, drawn by how often
 and a judge who likes the manners in the order of RANKS says which one is better. The chosen answer
 is thus seldom good. It is only the better of two. Imitating the chosen answers (supervised
 fine-tuning, `--lam 0`) gives a model that often refuses, because many chosen answers are refusals
-that were preferred to something worse. What the judge likes is told by the comparison alone.
+that were preferred to something worse. What the judge likes is told only by the comparison.
 
 Questions and answers come as messages, through the chat template of ORPO's authors, which the base
 model has never seen: as with a real base model, training also has to teach the form.

@@ -1,7 +1,7 @@
 """The paper's Figures 3 and 7 with a real language model: SFT and ORPO on real pairs.
 
-    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl          45 minutes on 2 CPU cores
-    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl --try    minutes, to see it run
+    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl         some 45 minutes on 2 cores
+    python -m experiments.real_model MODEL TRAIN.jsonl EVAL.jsonl --try   minutes, to see it run
 
 MODEL is SmolLM2-135M-Instruct (the paper's smallest model has 125 million parameters), the pairs
 are AlpacaEval's published annotations: typical answers of 77 models, the better one by a GPT-4
@@ -14,7 +14,6 @@ Longer answers win in 72% of these pairs, so accuracy is also given for the othe
 the length of the model's own answers.
 """
 
-import argparse
 import itertools
 import json
 import time
@@ -41,7 +40,7 @@ from experiments.evidence import (
 )
 from model import Transformer
 from run.answers import answers
-from run.flags import TrainConfig
+from run.flags import TrainConfig, page_parser
 from run.processes import pick_device
 from tools.report import about_machine, table, write
 
@@ -231,11 +230,7 @@ def summary(results: dict, held_out: list[data.Pair]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = page_parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("train", type=Path)
     parser.add_argument("eval", type=Path)

@@ -250,6 +250,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see python train.py --help)")
 
 
+def page_parser(page: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help is this page, for instance __doc__; it already says how to call it."""
+    shape = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=prog, usage=argparse.SUPPRESS, description=page, formatter_class=shape
+    )
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=28, width=100)

@@ -236,7 +236,7 @@ def transformer() -> Level:
         sequences.append((run[:p], run[p : p + c], run[p + c :]))
         tokens += run
         positions += [*range(p + c), *range(p, p + r)]
-        # row t predicts the token behind it; the prompt's last predicts both first tokens
+        # row t predicts the token after it; the prompt's last predicts both first tokens
         rows += [*range(start, start + p + c - 1), start + p - 1]
         rows += range(start + p + c, start + p + c + r - 1)
         targets += run[1:]

@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant("a response begins like a text", "data.py",
            "ids = tokenizer.encode(text, continuation=True)", "ids = tokenizer.encode(text)",
            "data"),
-    Mutant("BOS twice behind a template", "data.py",
+    Mutant("BOS twice after a template", "data.py",
            "tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]", "tokenizer.bos_id is None",
            "data"),
     Mutant("the rejected answer is cut by the chosen one's length", "data.py",
@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant("merges by the highest rank", "formats/bpe.py",
            "heappush(heap, (ranks[pair], left))", "heappush(heap, (-ranks[pair], left))",
            "tokenizer"),
-    Mutant("templates keep the newline behind a block", "formats/chat_template.py",
+    Mutant("templates keep the newline after a block", "formats/chat_template.py",
            "trim_blocks=True, ", "trim_blocks=False, ", "tokenizer"),
     Mutant("templates keep spaces before a block", "formats/chat_template.py",
            "lstrip_blocks=True", "lstrip_blocks=False", "tokenizer"),
@@ -545,8 +545,8 @@ def report(mutants: list[Mutant], results) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-k", nargs="+", default=[""], metavar="WORD", help="only these names")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="so many at once")
-    parser.add_argument("--list", action="store_true", help="names and places alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at once")
+    parser.add_argument("--list", action="store_true", help="print names and places only")
     args = parser.parse_args()
     mutants = [m for m in MUTANTS if any(word.lower() in m.name.lower() for word in args.k)]
     if not mutants:

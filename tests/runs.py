@@ -47,7 +47,7 @@ def run(arguments: list[str], *more: str) -> list[dict]:
 
 
 def fails(capsys, arguments: list[str], before: int = 0) -> str:
-    """The complaint of a run that must end with status 2, in one line behind `before` others."""
+    """The complaint of a run that must end with status 2, in one line after `before` others."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments)

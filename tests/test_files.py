@@ -15,7 +15,7 @@ OURS = {
     "orpo": set(),
     "attention": set(),
     "model": {"attention", "formats"},
-    "data": {"attention", "formats", "model"},  # model for the command alone: it asks for a context
+    "data": {"attention", "formats", "model"},  # model only for the command: its context
     "train": {"attention", "data", "formats", "model", "orpo", "run"},
     "formats": {"formats"},
     "run": {"attention", "data", "formats", "model", "run"},

@@ -142,7 +142,7 @@ class Silent(torch.autograd.Function):
 
 
 def test_exit_status_tells_the_verdict(monkeypatch, capsys):
-    """0 and 20 rows ok; with a wrong formula 1, and FAIL behind the rows that saw it."""
+    """0 and 20 rows ok; with a wrong formula 1, and FAIL after the rows that saw it."""
     assert gradcheck.main() == 0
     printed = capsys.readouterr().out
     assert "20 of 20 rows agree" in printed and "FAIL" not in printed

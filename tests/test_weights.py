@@ -413,7 +413,7 @@ A, B, INF = entry(), entry(offsets=[8, 16]), float("inf")
 TWICE = b'{"a":' + json.dumps(A).encode() + b',"a":' + json.dumps(B).encode() + b"}"
 KEY_TWICE = b'{"a":{"dtype":"F32","dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
 COUNT = "tensor 'a' has a negative or broken shape or offset"
-BROKEN = {  # what: (header, so many bytes behind it, words of the complaint)
+BROKEN = {  # what: (header, that many bytes after it, words of the complaint)
     "no body": ({"a": A}, 0, "tensor 'a', shape [2]: bytes 0:8 of 0"),
     "body cut short": ({"a": A}, 7, "bytes 0:8 of 7"),
     "bytes that no tensor has": ({"a": A}, 9, "1 bytes belong to no tensor"),

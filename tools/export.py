@@ -3,10 +3,9 @@
     python -m tools.export OUT/checkpoints/step-N --out FOLDER
     python -m tools.export ... --model BASE       of a LoRA run whose base model has moved
 
-One process and no GPU do, however many trained. Adam's moments are not loaded.
+One process without a GPU is enough, however many processes trained. Adam's moments are not loaded.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from formats.files import read_json
 from formats.weights import read_weights, write_weights
 from model import ModelConfig, Transformer
+from run.flags import page_parser
 from run.folder import replaced
 from run.lora import add_lora, merge_adapter
 from run.saving import first_line
@@ -72,12 +72,7 @@ def merged(base: Path, family: str, shapes: dict, adapters: dict, settings: dict
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="export.py",
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = page_parser(__doc__, "export.py")
     parser.add_argument("checkpoint", type=Path, help="OUT/checkpoints/step-N of a run")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--model", type=Path, help="base model of a LoRA run, where it has moved")

@@ -16,7 +16,6 @@ and written as prompt, chosen, rejected (and accept). What cannot be used is cou
 what is ignored by column.
 """
 
-import argparse
 import gzip
 import importlib.util
 import json
@@ -27,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 from formats.rows import Preference, parse_json, preference, warnings_of
+from run.flags import page_parser
 
 ROLES = {"Human": "user", "Assistant": "assistant"}  # HH-RLHF's
 ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -203,12 +203,7 @@ def convert(row, where: str) -> tuple[Preference, str]:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="prepare.py",
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = page_parser(__doc__, "prepare.py")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN")
     parser.add_argument("--out", required=True, type=Path, metavar="PAIRS.jsonl")
     parser.add_argument("--split", help='of a folder (default: "train", or the only one)')

@@ -1,11 +1,11 @@
 """
 Writes families/*.json, a row of logits of a tiny model of each family, computed by transformers and
-never by model.py, so that the tests of a clone alone hold every family to it.
+never by model.py, so that the tests of a mere clone hold every family to it.
 
     python -m tests.golden.make_families      needs transformers (make test-peers installs it)
 
 A file holds config.json as transformers writes it, less its defaults; the names and shapes of the
-stored tensors; the tokens, and the logits behind the last of them. The weights are not stored: each
+stored tensors; the tokens, and the logits after the last of them. The weights are not stored: each
 tensor is drawn by `weights` from its name, by a generator whose numbers NumPy has frozen.
 tests/test_families.py builds the models again from that, and tests/peers/test_families.py holds the
 files to the installed transformers.
@@ -75,7 +75,7 @@ TOKENS = [7 * i * i % 23 for i in range(21)]
 
 
 def weights(name: str, shape: list[int]) -> np.ndarray:
-    """A stored tensor, float32: norms near 1, biases and matrices near 0, by its name alone."""
+    """A stored tensor, float32, made from its name: norms near 1, biases and matrices near 0."""
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     is_norm = len(shape) == 1 and name.endswith(".weight")
     return ((1 if is_norm else 0) + (0.3 if len(shape) == 1 else 0.5) * noise).astype(np.float32)

@@ -190,7 +190,7 @@ def test_a_transformers_checkpoint_survives_our_load_and_save(tmp_path):
 
 @pytest.mark.parametrize("eos_id", [None, "frequent"])
 def test_greedy_generation_equals_transformers(tmp_path, eos_id):
-    """60 tokens for three prompts at once; with an end token a row ends behind it."""
+    """60 tokens for three prompts at once; with an end token a row ends after it."""
     theirs = tiny.random_llama(tmp_path)
     model = ours.Transformer.from_pretrained(tmp_path)
     prompts = TOKENS[:, :7]

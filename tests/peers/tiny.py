@@ -1,6 +1,6 @@
 """What the peer tests run on: a random Llama, a sentencepiece model trained here, plain pairs.
 
-So that a clone alone tests everything; where ../shared/data lies beside the repository, the same
+So that a mere clone tests everything; where ../shared/data lies beside the repository, the same
 tests run on a real checkpoint and real pairs as well.
 """
 
