@@ -24,8 +24,10 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor
 
 from attention import Segments, to_device
+from formats.chat_template import left_out, name_of_tool
 from formats.rows import Preference, load_preferences, warnings_of
 from formats.tokenizer import load_tokenizer
 from model import ModelConfig
@@ -55,6 +58,7 @@ class Pair(NamedTuple):
     chat: bool = False  # written as messages, which went through the chat template
     cut: tuple[bool, bool] = (False, False)  # chosen, rejected: so long that the end, EOS, is lost
     n_bos: int = 0  # responses that began with BOS, which is left out
+    left_out: tuple[str, ...] = ()  # what of its messages the chat template did not write
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -79,38 +83,70 @@ def encode_prompt(tokenizer, text: str, chat: bool = False) -> list[int]:
     return [tokenizer.bos_id, *ids]
 
 
-def texts_of(tokenizer, row: Preference) -> tuple[str, list[str]]:
-    """The prompt and the two responses as text. Raises ValueError with FILE:LINE where the chat
-    template fails, or rewrites the prompt once it is answered."""
+class Texts(NamedTuple):
+    """A row as text, ready to be tokenised."""
+
+    prompt: str
+    responses: list[str]  # chosen, rejected
+    left_out: tuple[str, ...] = ()  # what of its messages the chat template did not write
+
+
+CHANGED = "the chat template changes the prompt once it is answered"
+NO_PROMPT = "the chat template writes nothing of the prompt"
+
+
+def texts_of(tokenizer, row: Preference) -> Texts:
+    """Raises ValueError where the chat template fails, or rewrites the prompt once it is answered,
+    or loses it."""
     if isinstance(row.prompt, str):
-        return row.prompt, [row.chosen, row.rejected]
-    try:
-        prompt = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True)
-        full = [tokenizer.apply_chat_template(row.prompt + x) for x in (row.chosen, row.rejected)]
-        if not all(text.startswith(prompt) for text in full):
-            raise ValueError("the chat template changes the prompt once it is answered")
-    except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from None
-    return prompt, [text[len(prompt) :] for text in full]
+        return Texts(row.prompt, [row.chosen, row.rejected])
+    prompt, *full = rendered(tokenizer, row)
+    if not all(text.startswith(prompt) for text in full):
+        raise ValueError(CHANGED)
+    responses = [text[len(prompt) :] for text in full]
+    missing = left_out(row.prompt, prompt)
+    if missing and len(missing) == len(left_out(row.prompt, "")):
+        raise ValueError(NO_PROMPT)
+    if any(name not in prompt for name in map(name_of_tool, row.tools or ())):
+        missing.append("tools")
+    for answer, text in zip((row.chosen, row.rejected), responses, strict=True):
+        missing += left_out(answer, text)
+    return Texts(prompt, responses, tuple(dict.fromkeys(missing)))
+
+
+def rendered(tokenizer, row: Preference) -> list[str]:
+    """What the chat template makes of the prompt, and of the prompt with each answer."""
+    answered = (row.prompt + answer for answer in (row.chosen, row.rejected))
+    prompt = tokenizer.apply_chat_template(row.prompt, True, row.tools)
+    return [prompt, *(tokenizer.apply_chat_template(m, False, row.tools) for m in answered)]
 
 
 def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: int) -> Pair | str:
     """The tokens of a row, or the reason why it is dropped.
 
-    Each response is cut by its own length, so that prompt and response fit max_length. Raises
-    ValueError with FILE:LINE, see `texts_of`.
+    Each response is cut by its own length, so that prompt and response fit max_length.
     """
-    prompt_text, texts = texts_of(tokenizer, row)
+    try:
+        texts = texts_of(tokenizer, row)
+    except ValueError as error:
+        return str(error)
     chat = not isinstance(row.prompt, str)
-    prompt = encode_prompt(tokenizer, prompt_text, chat)
+    prompt = encode_prompt(tokenizer, texts.prompt, chat)
     # We judge emptiness by what the answer says, as a template writes something around nothing.
-    said = [row.chosen[0]["content"], row.rejected[0]["content"]] if chat else texts
-    (chosen, had_bos), (rejected, had_bos_too) = (encode_response(tokenizer, x) for x in texts)
-    if not (chosen and rejected and all(text.strip() for text in said)):
+    answers = (row.chosen, row.rejected)
+    said = [bool(left_out(x, "") if chat else x.strip()) for x in answers]
+    (chosen, had_bos), (rejected, had_bos_too) = (
+        encode_response(tokenizer, x) for x in texts.responses
+    )
+    if not all(said):
         return "empty response"
+    if not (chosen and rejected):
+        return "the chat template writes nothing of a response" if chat else "empty response"
     if tokenizer.eos_id is not None:
         chosen, rejected = [*chosen, tokenizer.eos_id], [*rejected, tokenizer.eos_id]
     if chosen == rejected:
+        if chat and row.chosen != row.rejected:
+            return "identical responses, as the chat template leaves out what differs"
         return "identical responses"
     if not prompt:
         return "empty prompt"
@@ -122,8 +158,8 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     if chosen[:room] == rejected[:room]:
         return f"identical once cut to {max_length} tokens"
     arrays = (np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room]))
-    cut = len(chosen) > room, len(rejected) > room
-    return Pair(*arrays, row.where, row.accept, chat, cut, had_bos + had_bos_too)
+    cut, n_bos = (len(chosen) > room, len(rejected) > room), had_bos + had_bos_too
+    return Pair(*arrays, row.where, row.accept, chat, cut, n_bos, texts.left_out)
 
 
 def encode_response(tokenizer, text: str) -> tuple[list[int], bool]:
@@ -144,47 +180,78 @@ def encode_response(tokenizer, text: str) -> tuple[list[int], bool]:
     return ids, had_bos
 
 
+class Dropped(Counter):
+    """How many rows were dropped, by reason, and where the first of each is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, tokenizer, row: Preference):
+        self[reason] += 1
+        if reason not in self.first:
+            self.first[reason] = f"first: {row.where}"
+            if reason == CHANGED:
+                self.first[reason] += f", {where_they_part(*rendered(tokenizer, row))}"
+
+    def __str__(self):
+        reasons = [f"{n} {reason} ({self.first[reason]})" for reason, n in self.most_common(10)]
+        others = self.total() - sum(n for _, n in self.most_common(10))
+        return ", ".join(reasons + [f"{others} for other reasons"] * bool(others)) or "none"
+
+
+def where_they_part(prompt: str, *answered: str) -> str:
+    """Where a dialogue stops being what its prompt begins, and what can be done."""
+    text = next(text for text in answered if not text.startswith(prompt))
+    n = len(os.path.commonprefix([prompt, text]))
+    same = prompt[max(0, n - 20) : n]
+    return (
+        f"where after {same!r} the prompt has {prompt[n : n + 20]!r} and the dialogue has "
+        f"{text[n : n + 20]!r}; name a template without this difference with --chat-template"
+    )
+
+
 def encode_pairs(
     tokenizer, rows: list[Preference], max_length: int, max_prompt_length: int, progress=iter
-) -> tuple[list[Pair], Counter]:
+) -> tuple[list[Pair], Dropped]:
     """The pairs of a file's rows, and how many rows were dropped for which reason.
 
-    max_length is not above the model's context. Raises ValueError with the file's name, also where
-    no pair is left.
+    max_length is not above the model's context. Raises ValueError with the file's name where no
+    pair is left.
     """
-    pairs, dropped = [], Counter()
+    pairs, dropped = [], Dropped()
     for row in progress(rows):
         pair = encode_pair(tokenizer, row, max_length, max_prompt_length)
         if isinstance(pair, Pair):
             pairs.append(pair)
         else:
-            dropped[pair] += 1
+            dropped.add(pair, tokenizer, row)
     if rows and not pairs:
-        raise ValueError(f"{rows[0].file}: no pairs left of {len(rows)} rows: {reasons(dropped)}")
+        raise ValueError(f"{rows[0].file}: no pairs left of {len(rows)} rows: {dropped}")
     return pairs, dropped
 
 
-def summary(rows: list[Preference], pairs: list[Pair], dropped: Counter, max_length: int):
+def summary(rows: list[Preference], pairs: list[Pair], dropped: Dropped, max_length: int):
     """What there is to say of a file's rows and their pairs, a list of lines."""
     lengths = np.array([pair.lengths for pair in pairs]).mean(0)
     chosen, rejected = (sum(pair.cut[i] for pair in pairs) for i in (0, 1))
     lines = [
-        f"{rows[0].file}: {len(pairs)} pairs of {len(rows)}; dropped: {reasons(dropped)}",
+        f"{rows[0].file}: {len(pairs)} pairs of {len(rows)}; dropped: {dropped}",
         "mean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths),
         f"cut to {max_length} tokens, so without EOS: {chosen} chosen, {rejected} rejected",
         *warnings_of(rows),
     ]
     if n_bos := sum(pair.n_bos for pair in pairs):
         lines.append(f"{n_bos} responses began with BOS, which is left out")
+    for what, n in Counter(what for pair in pairs for what in pair.left_out).most_common():
+        first = next(pair.where for pair in pairs if what in pair.left_out)
+        text = f"warning: the chat template leaves out {what}, or a part of it, in {n} pairs"
+        lines.append(f"{text} (first: {first})")
     ignored = {key for row in rows for key in row.ignored}
-    if used := [key for key in ("system", "instruction", "input", "question") if key in ignored]:
+    if used := [key for key in ("system", "input", "history") if key in ignored]:
         text = f"warning: {' and '.join(used)} not used; tools/prepare.py puts such columns"
         lines.append(f"{text} into the prompt")
     return lines
-
-
-def reasons(dropped: Counter) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"
 
 
 def hold_out(rows: list[Preference], fraction: float, seed: int):
@@ -392,16 +459,26 @@ def _pack(pairs: list[Pair], n_pairs: int, n_full: int | None, multiple: int) ->
 
 
 def show(pair: Pair, tokenizer, colour: bool = True) -> str:
-    """A pair as text, token by token: dim is context, green made likelier, red less likely."""
+    """A pair as text, token by token: dim is context, green made likelier, red less likely. Tokens
+    that only together make a character stand together."""
     lines, roles = [], ("context", "trained towards", "trained away from")
     for name, ids, role, paint in zip(Pair._fields, pair[:3], roles, (2, 32, 31), strict=False):
         lines.append(f"{name}: {len(ids)} tokens, {role}")
-        # Decoded one by one after a fixed token, so that no leading space is taken away.
-        head = tokenizer.decode(ids[:1])
-        texts = [head] + [tokenizer.decode([ids[0], i])[len(head) :] for i in ids[1:]]
-        text = "·".join(texts).replace("\n", "\\n")
+        text = "·".join(pieces(ids, tokenizer)).replace("\n", "\\n")
         lines.append(f"  \x1b[{paint}m{text}\x1b[0m" if colour else f"  {text}")
     return "\n".join(lines)
+
+
+def pieces(ids, tokenizer) -> Iterator[str]:
+    """The text of each token, or of several that only together make a character."""
+    first, begun = [], []
+    for i, token in enumerate(ids):
+        begun.append(token)
+        # Decoded after the first ones, so that no leading space is taken away.
+        text = tokenizer.decode([*first, *begun])[len(tokenizer.decode(first)) :]
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or i == len(ids) - 1:
+            yield text
+            first, begun = first or begun, []
 
 
 def use_colour() -> bool:
@@ -410,6 +487,7 @@ def use_colour() -> bool:
 
 def main(argv=None):
     """Prints three pairs as they are trained on, and what train.py says of all of them."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it does other viewers
     parser = argparse.ArgumentParser(
         prog="data.py",
         usage=argparse.SUPPRESS,

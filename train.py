@@ -22,6 +22,7 @@ import math
 import os
 import signal
 import sys
+from datetime import date
 from pathlib import Path
 
 # Both are read when memory is first allocated, so they are set before torch is imported. On a CPU
@@ -45,6 +46,7 @@ from run.folder import (
     begin_folder,
     checkpoints,
     claim_folder,
+    date_of_run,
     holds_run,
     is_finished,
     print_best,
@@ -317,6 +319,10 @@ def load_inputs(config: TrainConfig):
     model = load_model(config)
     tell_model(model, config)
     tokenizer = data.load_tokenizer(config.model, config.chat_template)
+    if config.date:
+        tokenizer.date = date.fromisoformat(config.date)
+    if tokenizer.writes_date:
+        tell("date", f"{config.date or 'today'}, by the chat template; --date sets another one")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
@@ -426,6 +432,7 @@ def run_command(config: TrainConfig) -> int:
     pick_device(config)
     context = ModelConfig.from_json(Path(config.model) / "config.json").max_seq_len
     config.max_length = min(config.max_length, context)
+    config.date = date_of_run(config)
     if config.eval_only:
         return evaluate_only(config)
     if config.dry_run:
@@ -445,7 +452,9 @@ def evaluate_only(config: TrainConfig) -> int:
     with contextlib.redirect_stdout(sys.stderr if rank() == 0 else sys.stdout):
         model, tokenizer, _, eval_pairs = load_inputs(config)
         row = evaluation(model, tokenizer, eval_pairs, 0, config)
-    print(json.dumps(row | {"lam": config.lam, "sft_loss": config.sft_loss}), flush=True)
+    settings = {"lam": config.lam, "sft_loss": config.sft_loss}
+    settings |= {"date": config.date} if tokenizer.writes_date else {}
+    print(json.dumps(row | settings), flush=True)
     if config.out and not holds_run(Path(config.out)):  # we add nothing to the rows of a run
         write_row(Path(config.out), row)
     return 0

@@ -7,10 +7,11 @@ A template is code that comes with a download, so it runs in jinja2's immutable 
 settings and the functions that transformers gives it.
 """
 
+import datetime
 import functools
 import json
 import re
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2.sandbox
@@ -25,12 +26,37 @@ BOS_IN_FRONT = "{{ bos_token }}{# as in training #}\n"
 
 
 def read_chat_template(folder: Path, config: dict) -> str | None:
-    """The template of a folder whose tokenizer_config.json holds config; None without one."""
+    """The template of a folder whose tokenizer_config.json holds config; None without one. Of
+    several it is the default; without a default it is one that refuses whatever it is given."""
     file, template = folder / "chat_template.jinja", config.get("chat_template")
     if file.is_file():
         return file.read_text("utf-8")
     if isinstance(template, list):  # several templates, each with a name
-        return {t["name"]: t["template"] for t in template}.get("default")
+        templates = {t["name"]: t["template"] for t in template}
+        if templates and "default" not in templates:
+            problem = (
+                f"tokenizer_config.json has the chat templates {', '.join(templates)}, and none is "
+                "the default: write the one that is meant into a file, and name it with "
+                "--chat-template"
+            )
+            return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
+        return templates.get("default")
+    return template
+
+
+def read_template_file(file: Path) -> str:
+    """The template of --chat-template. Raises FileNotFoundError, ValueError.
+
+    Template files are often laid out over indented lines, to be read by people; their authors
+    remove indentation and line ends before use (chujiezheng/chat_templates). We do that where jinja
+    would write an indentation into the text: in front of {{, after a tag that keeps white space.
+    """
+    try:
+        template = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if re.search(r"(?<!-)[%}#]\}\s*\n[ \t]+\{\{(?!-)", template):
+        template = re.sub(r"^[ \t]+|\n", "", template, flags=re.MULTILINE)
     return template
 
 
@@ -46,18 +72,73 @@ def _compile_chat_template(template: str) -> jinja2.Template:
     )
     # jinja2's own tojson escapes HTML.
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
+    environment.globals["raise_exception"] = raise_exception
     # {% generation %} marks what a model writes. It has no effect on the text.
     template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)
     template = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template)
     return environment.from_string(template)
 
 
-def render_chat_template(template: str, messages, add_generation_prompt, special_tokens) -> str:
-    """A Hugging Face chat template (jinja2) filled in. Raises ValueError whatever goes wrong."""
+def render_chat_template(
+    template: str,
+    messages: list[dict],
+    add_generation_prompt: bool,
+    special_tokens: dict[str, str],
+    tools: list | None = None,
+    date: datetime.date | None = None,
+) -> str:
+    """A Hugging Face chat template (jinja2) filled in. date: what strftime_now tells (default:
+    today). Raises ValueError whatever goes wrong."""
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    given |= {"tools": None, "documents": None, **special_tokens}
+    given |= {"tools": tools, "documents": None, **special_tokens}
+    given["strftime_now"] = (date or datetime.date.today()).strftime
     try:
         return _compile_chat_template(template).render(given)
     except Exception as error:  # whatever other people's code raises is the template's error
         raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None
+
+
+def left_out(messages: list[dict], text: str) -> list[str]:
+    """What a template did not write: "content of system messages" and the like, once for each
+    message of which `text`, what it wrote, lacks a part.
+
+    White space may differ, and a text may be escaped as in JSON. The longest is looked for first
+    and then taken out of the text, so that a short one is not found inside another message.
+    """
+    parts = [part for message in messages for part in _texts_of(message)]
+    missing = []
+    for name, part in sorted(parts, key=lambda part: -len(part[1])):
+        form = part if part in text else json.dumps(part, ensure_ascii=False)[1:-1]
+        if form in text:
+            text = text.replace(form, "\0", 1)
+        elif "".join(part.split()) not in "".join(text.split()):
+            missing.append(name)
+    return missing
+
+
+def _texts_of(message: dict) -> Iterator[tuple[str, str]]:
+    """(what it is, text) of everything in a message that says something."""
+    for key, value in message.items():
+        if key != "role":
+            name = f"{key} of {message['role']} messages"
+            yield from ((name, text) for text in map(str.strip, _leaves(value)) if text)
+
+
+def _leaves(value) -> Iterator[str]:
+    """The texts in a JSON value. Ids and the type of a tool call are not for the model."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in ("id", "type"):
+                yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+
+
+def name_of_tool(tool) -> str:
+    """The name of a function that a row offers to the model; "" where it has none."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else {}
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""

@@ -38,6 +38,11 @@ def read_json(path: Path, wanted: str = "a Hugging Face model folder has one") -
     return value
 
 
+def optional_json(file: Path) -> dict:
+    """A JSON object; an empty one where there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Yields a temporary file's path, which becomes `path` when it is written, and else is removed.

@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from formats.messages import messages_of, tools_of
+
 
 class Preference(NamedTuple):
     """One row. A string is used as it is; a list of messages goes through the chat template."""
@@ -27,6 +29,8 @@ class Preference(NamedTuple):
     where: str  # FILE:LINE
     ignored: tuple[str, ...] = ()  # keys that are neither used nor repeated elsewhere in the row
     guessed: bool = False  # no key held the prompt: it is how both answers begin
+    repeated: bool = False  # both answers began with the prompt, which is taken away from them
+    tools: list | None = None  # for the chat template
 
     @property
     def file(self) -> str:
@@ -34,12 +38,13 @@ class Preference(NamedTuple):
 
 
 def load_preferences(path) -> list[Preference]:
-    """Reads JSON Lines with prompt, chosen, rejected: strings, or lists of {role, content}.
+    """Reads JSON Lines with prompt, chosen, rejected: strings, or messages (formats/messages.py).
 
-    `instruction` or `question` may stand for `prompt`. Without one, or where chosen and rejected
-    are whole dialogues, the prompt is their common beginning. Other keys are ignored, and noted in
-    `ignored`, but for `accept`, a list of right answers (strings). Raises FileNotFoundError, or
-    ValueError that begins with FILE:LINE.
+    `instruction`, `question`, `messages` or `conversations` may stand for `prompt`, in this order.
+    Where chosen and rejected are whole dialogues, the prompt is their common beginning; where they
+    are strings and no other key holds text, too. `accept` is a list of right answers (strings), and
+    `tools` goes to the chat template. Other keys are ignored, and noted in `ignored`. Raises
+    FileNotFoundError, or ValueError that begins with FILE:LINE.
     """
     path = Path(path)
     expected = "UTF-8 text, a JSON object a line, is expected (tools/prepare.py makes it)"
@@ -74,33 +79,30 @@ def parse_json(line: bytes):
     return value
 
 
+PROMPTS = ("prompt", "instruction", "question", "messages", "conversations")
+
+
 def preference(row, where: str) -> Preference:
     """A row as parsed from JSON. Raises ValueError that says what is wrong with it, without
     `where`."""
-    if not isinstance(row, dict):
-        hint = " (tools/prepare.py reads such a file)" if isinstance(row, list) else ""
-        raise ValueError(f"a JSON object is expected, not {type(row).__name__}{hint}")
-    if not {"chosen", "rejected"} & set(row):
-        raise ValueError(f"neither chosen nor rejected is among the row's keys: {sorted(row)}")
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise ValueError(f"key {key!r} is missing; the row has {sorted(row)}")
-        if not isinstance(row[key], str | list):
-            raise ValueError(f"{key} must be text or a list of messages, not {row[key]!r:.30}")
-    name = next((key for key in ("prompt", "instruction", "question") if key in row), "prompt")
-    prompt, chosen, rejected, accept = map(row.get, (name, "chosen", "rejected", "accept"))
+    _check_keys(row)
+    name = next((key for key in PROMPTS if row.get(key) is not None), "prompt")
+    prompt, chosen, rejected = (_read(row, key) for key in (name, "chosen", "rejected"))
+    accept, tools = row.get("accept"), tools_of(row.get("tools"))
     if not isinstance(accept, list | None) or not all(isinstance(x, str) for x in accept or ()):
         raise ValueError("accept must be a list of strings")
+    for key, value in ((name, prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(value, str | list) and (value is not None or key != name):
+            raise ValueError(f"{key} must be text or a list of messages, not {value!r:.30}")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        if guessed := prompt is None:
-            prompt = _common_text(chosen, rejected)
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        ignored = _ignored(row, [prompt, chosen, rejected])
-        return Preference(prompt, chosen, rejected, accept, where, ignored, guessed)
+        return _of_strings(row, prompt, chosen, rejected, accept, where)
 
-    for key in (name, "chosen", "rejected"):
-        if not (key == name and isinstance(prompt, str | None)):
-            _check_messages(key, row[key])
+    for key, value in ((name, prompt), ("chosen", chosen), ("rejected", rejected)):
+        if value == [] or (isinstance(value, str) and key != name):
+            raise ValueError(f"{key} must be text or a list of messages, like its neighbours")
+    if prompt == chosen:  # published beside chosen as `messages`
+        prompt = None
+    text = prompt if isinstance(prompt, str) else None
     if not isinstance(prompt, list):  # whole dialogues; UltraFeedback repeats a string beside them
         if prompt and len(chosen) == len(rejected) == 1:
             raise ValueError(
@@ -109,16 +111,90 @@ def preference(row, where: str) -> Preference:
             )
         same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
         prompt = chosen[: [*same, False].index(False)]
-    answers = []
-    for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        answer = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
-        if not prompt or len(answer) != 1 or answer[0]["role"] != "assistant":
-            roles = [m["role"] for m in messages]
-            wanted = "the prompt's messages and one assistant message more, or only that message"
-            raise ValueError(f"{key} must be {wanted}; it is {roles} after {len(prompt)} messages")
-        answers.append(answer)
-    used = [prompt, chosen, rejected, *(m["content"] for m in prompt + chosen + rejected)]
-    return Preference(prompt, *answers, accept, where, _ignored(row, used))
+        if not prompt and (others := _with_text(row)):
+            raise ValueError(_no_prompt(others))
+    answers = [_answer(key, prompt, m) for key, m in (("chosen", chosen), ("rejected", rejected))]
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{name} ends with a message of the assistant, where its answer should begin: move "
+            "that text into chosen and rejected, or remove the message"
+        )
+    said = [m["content"] for m in prompt + chosen + rejected]
+    used = [text, row.get(name), row["chosen"], row["rejected"], row.get("tools"), *said]
+    return Preference(prompt, *answers, accept, where, _ignored(row, used), tools=tools)
+
+
+def _read(row: dict, key: str):
+    try:
+        return messages_of(row.get(key))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _check_keys(row):
+    """Raises ValueError where a row is not one of pairs at all."""
+    if not isinstance(row, dict):
+        hint = " (tools/prepare.py reads such a file)" if isinstance(row, list) else ""
+        raise ValueError(f"a JSON object is expected, not {type(row).__name__}{hint}")
+    if media := [key for key in ("image", "images", "video", "videos", "audio") if row.get(key)]:
+        raise ValueError(f"{media[0]} is not text, and this program trains on text only")
+    if not {"chosen", "rejected"} & set(row):
+        if {"completion", "label"} <= set(row):
+            raise ValueError(
+                "completion and label are unpaired ratings, as KTO takes them; ORPO compares two "
+                "answers to one prompt, chosen and rejected"
+            )
+        raise ValueError(f"neither chosen nor rejected is among the row's keys: {sorted(row)}")
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise ValueError(f"key {key!r} is missing; the row has {sorted(row)}")
+
+
+def _of_strings(row: dict, prompt, chosen: str, rejected: str, accept, where: str) -> Preference:
+    guessed = prompt is None
+    if guessed:
+        if others := _with_text(row):
+            raise ValueError(_no_prompt(others))
+        prompt = _common_text(chosen, rejected)
+    repeated = bool(prompt) and chosen.startswith(prompt) and rejected.startswith(prompt)
+    if repeated:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    ignored = _ignored(row, [prompt, row["chosen"], row["rejected"]])
+    return Preference(
+        prompt, chosen, rejected, accept, where, ignored, guessed, repeated and not guessed
+    )
+
+
+def _answer(key: str, prompt: list[dict], messages: list[dict]) -> list[dict]:
+    """The one message that answers the prompt, of a whole dialogue or of itself."""
+    answer = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+    if not prompt or len(answer) != 1 or answer[0]["role"] != "assistant":
+        roles = [m["role"] for m in messages]
+        wanted = "the prompt's messages and one assistant message more, or only that message"
+        raise ValueError(f"{key} must be {wanted}; it is {roles} after {len(prompt)} messages")
+    return answer
+
+
+def _with_text(row: dict) -> list[str]:
+    """The keys, other than those of answers, that hold sentences or messages: one of them may be
+    the prompt."""
+    answers = ("chosen", "rejected", "accept", "tools")
+    asking = ("query", "history", "context", "input", "text", "problem", "trajectory", "post")
+
+    def is_text(key: str, value) -> bool:
+        if isinstance(value, str):
+            return len(value.split()) > 1 or (key in asking and bool(value.strip()))
+        one = value[0] if isinstance(value, list) and value else value
+        return (key in asking and bool(value)) or (isinstance(one, dict) and "content" in one)
+
+    return [key for key, value in row.items() if key not in answers and is_text(key, value)]
+
+
+def _no_prompt(others: list[str]) -> str:
+    return (
+        f"there is no prompt, but text in {', '.join(others)}: if a column of these asks, convert "
+        f"the file with tools/prepare.py --prompt {others[0]}; remove those that do not"
+    )
 
 
 def _ignored(row: dict, used: list) -> tuple[str, ...]:
@@ -128,14 +204,6 @@ def _ignored(row: dict, used: list) -> tuple[str, ...]:
     known = ("chosen", "rejected", "accept")
     keys = (key for key in row if key not in known and row[key] not in used)
     return tuple(map(sys.intern, keys))
-
-
-def _check_messages(key: str, messages):
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{key} must be text or a list of messages, like its neighbours")
-    for i, m in enumerate(messages):
-        if not isinstance(m, dict) or {type(m.get(x)) for x in ("role", "content")} != {str}:
-            raise ValueError(f"{key}[{i}] must be a message: role and content, both strings")
 
 
 def _common_text(a: str, b: str) -> str:
@@ -156,6 +224,9 @@ def warnings_of(rows: list[Preference]) -> list[str]:
     if guessed := [row for row in rows if row.guessed]:
         text = f"{len(guessed)} of {len(rows)} rows have no prompt (first: {guessed[0].where});"
         warnings.append(f"{text} the common beginning of chosen and rejected is used")
+    if repeated := [row for row in rows if row.repeated]:
+        text = f"{len(repeated)} of {len(rows)} rows repeat the prompt in both answers"
+        warnings.append(f"{text} (first: {repeated[0].where}); it is taken away from them")
     if not any(row.prompt for row in rows):
         warnings.append("warning: all prompts are empty")
     # The last character of the prompt and the first of the answer. Not all scripts have spaces.

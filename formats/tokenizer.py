@@ -13,6 +13,7 @@ package, and because a response must be encoded as the continuation of its promp
 library does not offer. Every id is held to that library's in tests/peers/.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Iterator
@@ -26,9 +27,10 @@ from formats.chat_template import (
     AUTHORS_CHAT_TEMPLATE,
     BOS_IN_FRONT,
     read_chat_template,
+    read_template_file,
     render_chat_template,
 )
-from formats.files import read_json
+from formats.files import optional_json, read_json
 from formats.words import (
     WHITE_SPACE,
     UnsupportedStep,
@@ -46,10 +48,7 @@ def load_tokenizer(path, chat_template=None) -> "Tokenizer":
     tokenizer.model is read instead. chat_template: a jinja file that is used in place of the
     folder's own. Raises FileNotFoundError or ValueError with the path."""
     if chat_template is not None:
-        try:
-            template = Path(chat_template).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{chat_template}: {error}") from None
+        template = read_template_file(Path(chat_template))
         tokenizer = load_tokenizer(path)
         tokenizer.chat_template = template
         return tokenizer
@@ -76,11 +75,6 @@ def load_tokenizer(path, chat_template=None) -> "Tokenizer":
         except Exception as error:  # other people's files can be broken in any way
             problem = f"{type(error).__name__}: {error!s:.300}"
             raise ValueError(f"{path}: broken tokenizer: {problem}") from None
-
-
-def optional_json(file: Path) -> dict:
-    """A JSON object; an empty one where there is no such file."""
-    return read_json(file) if file.is_file() else {}
 
 
 class AddedTokens:
@@ -136,6 +130,7 @@ class Tokenizer:
     """
 
     class_elsewhere: str | None = None  # the tokenizer_class to write, where another one is needed
+    date: datetime.date | None = None  # the day that the chat template is told; None: today
 
     def __init__(self, file: Path, config: dict, vocab: dict, added: list[dict], defaults: dict):
         """vocab: {piece: id}. added: tokens beside it, [{"content", "id", flags}]. defaults:
@@ -197,11 +192,20 @@ class Tokenizer:
                 parts.append(self.decode_text(list(run), at_start=not parts))
         return "".join(parts)
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt=False) -> str:
+    def apply_chat_template(
+        self, messages: list[dict], add_generation_prompt=False, tools: list | None = None
+    ) -> str:
         """The text of a dialogue, by the model's own template, else by that of ORPO's authors.
         Raises ValueError where the template is broken or unsafe, or refuses the messages."""
         template, special = self.chat_template, self.special_tokens
-        return render_chat_template(template, messages, add_generation_prompt, special)
+        return render_chat_template(
+            template, messages, add_generation_prompt, special, tools, self.date
+        )
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template writes the day on which it is used."""
+        return "strftime_now" in self.chat_template
 
     def save_chat_template(self, folder: Path):
         """Makes this template the one of a folder of tokenizer files, and lets it begin with BOS

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -44,6 +45,9 @@ class TrainConfig:
     eval_data: str = flag(IO, None, "file of held-out pairs for evaluation")
     eval_fraction: float = flag(IO, 0.0, "share of --data's prompts to hold out", least=0, below=1)
     chat_template: str = flag(IO, None, "Jinja file to use instead of the model's chat template")
+    date: str = flag(
+        IO, None, "day that a chat template writes, YYYY-MM-DD (default: the first start's)"
+    )
     out: str = flag(IO, None, "folder for the metrics, the checkpoints and the trained model")
     overwrite: bool = flag(IO, False, "replace an earlier run in --out")
     lam: float = flag(OBJECTIVE, 0.1, "weight of L_OR; TRL calls it beta", least=0)
@@ -126,6 +130,11 @@ class TrainConfig:
             if least is not None and not least <= value < below:
                 limit = f" and below {below}" if below < math.inf else ""
                 raise ValueError(f"{name} must be at least {least}{limit}, not {value}")
+        if self.date is not None:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f"{source}--date must be YYYY-MM-DD, not {self.date!r}") from None
         if self.shard and self.lora_rank:
             raise ValueError(
                 f"{source}--shard and --lora-rank do not go together: a frozen model is not sharded"
@@ -184,6 +193,8 @@ def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
         if name in PATHS and before:
             before = str(Path(before).resolve())
         if now == before or name in FREE_ON_RESUME or (name in LENGTHS and endless):
+            continue
+        if name == "date" and before is None:  # a run of an older version, which did not keep it
             continue
         advice = ""
         if name in LENGTHS:

@@ -14,11 +14,12 @@ import fcntl
 import json
 import os
 import shutil
+from datetime import date
 from pathlib import Path
 
-from formats.files import NotWritten, reason_of, whole_file
+from formats.files import NotWritten, optional_json, reason_of, whole_file
 from run.flags import LENGTHS, TrainConfig, refuse_other_settings, settings_of
-from run.processes import barrier, rank
+from run.processes import barrier, max_over_processes, rank
 
 
 @contextlib.contextmanager
@@ -205,6 +206,18 @@ def settings_before(out: Path) -> tuple[dict, Path] | None:
         with contextlib.suppress(OSError, ValueError):
             return json.loads((folder / "config.json").read_text(encoding="utf-8")), folder
     return None
+
+
+def date_of_run(config: TrainConfig) -> str:
+    """The day that a chat template writes, YYYY-MM-DD, for every start of a run and every process:
+    --date, else that of the run which is resumed or whose model is evaluated, else today."""
+    then = {}
+    if config.resume:
+        then, _ = settings_before(Path(config.out)) or ({}, None)
+    elif config.eval_only:  # of OUT/model
+        then = optional_json(Path(config.model).parent / "config.json")
+    today = max_over_processes(date.today().toordinal())  # clocks and time zones may differ
+    return config.date or then.get("date") or date.fromordinal(today).isoformat()
 
 
 def is_finished(out: Path, config: TrainConfig) -> bool:

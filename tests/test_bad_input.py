@@ -156,7 +156,7 @@ CASES = {  # what: (how it is broken, flags more, words of the complaint)
     "tokenizer empty": (writes("model/tokenizer.model", ""), [], ["not a sentencepiece model"]),
     "WordPiece": (word_piece, [], ["tokenizer.json: a model of type", "WordPiece", "supported"]),
     "tokenizer larger": (small_embedding, [], ["ids up to 399", "100 rows"]),
-    "template broken": (broken_template, [], ["rows.jsonl:1: the chat template fails"]),
+    "template broken": (broken_template, [], ["rows.jsonl:1", "the chat template fails"]),
     "--chat-template missing": (nothing, ["--chat-template", "no.jinja"], ["no.jinja"]),
     "--chat-template a folder": (nothing, ["--chat-template", "model"], ["model"]),
     "--chat-template no text": (

@@ -13,6 +13,7 @@ import torch
 import data
 import train
 from data import Pair, encode_pair, encode_pairs, epoch_permutation, micro_batches, split_by_tokens
+from formats.chat_template import left_out
 from formats.rows import Preference, load_preferences
 from formats.tokenizer import load_tokenizer
 from run.processes import pick_device
@@ -129,7 +130,6 @@ def row(prompt="q", chosen="a", rejected="b", **more):
 
 HINT = "UTF-8 text, a JSON object a line, is expected (tools/prepare.py makes it)"
 NEIGHBOURS = "must be text or a list of messages, like its neighbours"
-MESSAGE = "must be a message: role and content, both strings"
 
 
 def not_an_answer(key: str, roles: str, after: int) -> str:
@@ -157,17 +157,39 @@ BAD_ROWS = {  # what: (the row, words of the complaint)
     "a thousand keys": (dict.fromkeys(map(str, range(1000)), 0), "neither chosen nor rejected"),
     "chosen a number": (row(chosen=3), "chosen must be text or a list of messages, not 3"),
     "rejected null": (row(rejected=None), "rejected must be text or a list of messages, not None"),
-    "prompt a number": (row(prompt=3), f"prompt {NEIGHBOURS}"),
+    "prompt a number": (row(prompt=3), "prompt must be text or a list of messages, not 3"),
     "rejected messages, chosen text": (row(rejected=[NO]), f"chosen {NEIGHBOURS}"),
     "chosen messages, rejected text": (row(chosen=[YES]), f"rejected {NEIGHBOURS}"),
     "prompt messages, answers text": (row(prompt=[Q]), f"chosen {NEIGHBOURS}"),
     "prompt an empty list": (row([], [YES], [NO]), f"prompt {NEIGHBOURS}"),
     "chosen an empty list": (row([Q], [], [NO]), f"chosen {NEIGHBOURS}"),
-    "a message without role": (row([Q], [{"content": "x"}], [NO]), f"chosen[0] {MESSAGE}"),
-    "a message without content": (row([Q, {"role": "user"}], [YES], [NO]), f"prompt[1] {MESSAGE}"),
-    "content null": (row([Q], [YES], [assistant(None)]), f"rejected[0] {MESSAGE}"),
-    "content a list": (row([Q], [YES], [assistant([])]), f"rejected[0] {MESSAGE}"),
-    "a message is text": (row([Q], ["yes"], [NO]), f"chosen[0] {MESSAGE}"),
+    "a message without role": (
+        row([Q], [{"content": "x"}], [NO]),
+        "chosen: a message has no role; its keys are ['content']",
+    ),
+    "a message without content": (
+        row([Q, {"role": "user"}], [YES], [NO]),
+        "prompt: a message's content is null, and it has nothing else",
+    ),
+    "content null": (row([Q], [YES], [assistant(None)]), "rejected: a message's content is null"),
+    "content a number": (row([Q], [YES], [assistant(3)]), "rejected: a message's content is not"),
+    "an image": (
+        row([Q], [YES], [assistant([{"type": "image"}])]),
+        "rejected: a message's content has parts that are not text",
+    ),
+    "a message is text": (row([Q], ["yes"], [NO]), "chosen: a message is not an object but 'yes'"),
+    "the prompt ends with an answer": (
+        row([Q, assistant("Sure,")], [YES], [NO]),
+        "prompt ends with a message of the assistant, where its answer should begin",
+    ),
+    "lists of unlike lengths": (
+        row([Q], {"role": ["assistant"], "content": ["a", "b"]}, [NO]),
+        "chosen: a dialogue has lists of different lengths",
+    ),
+    "images beside the text": (row(images=["a.jpg"]), "images is not text"),
+    "KTO's": ({"prompt": "q", "completion": "a", "label": True}, "unpaired ratings"),
+    "tools that are no list": (row([Q], [YES], [NO], tools={"a": 1}), "tools must be a list"),
+    "tools that are no JSON": (row([Q], [YES], [NO], tools="weather"), "tools is text, but not"),
     "the answer is the user's": (row([Q], [user("x")], [NO]), not_an_answer("chosen", "u", 1)),
     "two answers": (row([Q], [YES], [NO, NO]), not_an_answer("rejected", "aa", 1)),
     "a thousand answers": (row([Q], [YES] * 1000, [NO]), "chosen must be the prompt's messages"),
@@ -495,16 +517,119 @@ def test_bos_and_eos_are_there_once_whether_or_not_a_template_writes_them(make_t
 
 
 def test_a_template_that_changes_the_prompt_once_it_is_answered_is_refused(make_tokenizer):
-    t = make_tokenizer(chat_template=LOOP + "{{ eos_token }}")
-    with pytest.raises(ValueError, match=r"^rows\.jsonl:7: .*changes the prompt"):
-        encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)
+    t = make_tokenizer(chat_template=LOOP + "{% if add_generation_prompt %}> {% endif %}")
+    row = row_of([Q], [YES], [NO])
+    assert encode_pair(t, row, 99, 99) == "the chat template changes the prompt once it is answered"
+    with pytest.raises(ValueError) as error:
+        encode_pairs(t, [row], 99, 99)
+    for words in ("rows.jsonl:7, where after '[q]' the prompt has '> '", "dialogue has '[yes]'"):
+        assert words in str(error.value)
+    assert "--chat-template" in str(error.value)
 
 
-def test_what_a_template_refuses_is_said_with_file_and_line(make_tokenizer):
-    template = "{{ raise_exception('roles must alternate') }}"
+def test_rows_that_a_template_refuses_are_counted_as_all_others_are(make_tokenizer):
+    refuses = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    t = make_tokenizer(
+        chat_template="{% for m in messages %}" + refuses + "[{{ m.content }}]{% endfor %}"
+    )
+    system = {"role": "system", "content": "s"}
+    rows = [row_of([Q], [YES], [NO]), *[row_of([system, Q], [YES], [NO])] * 2]
+    pairs, dropped = encode_pairs(t, rows, 99, 99)
+    reason = "the chat template fails: TemplateError: no system"
+    assert len(pairs) == 1 and dropped == {reason: 2}
+    assert f"dropped: 2 {reason} (first: rows.jsonl:7)" in "\n".join(
+        data.summary(rows, pairs, dropped, 99)
+    )
+    with pytest.raises(ValueError, match="no pairs left of 2 rows: 2 the chat template fails"):
+        encode_pairs(t, rows[1:], 99, 99)
+
+
+BY_ROLE = (  # as Qwen's and Phi-3's: what is none of these roles is not written
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+    "<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def warnings_by(template, make_tokenizer, *rows):
     t = make_tokenizer(chat_template=template)
-    with pytest.raises(ValueError, match=r"^rows\.jsonl:7: .*roles must alternate"):
-        encode_pair(t, row_of([Q], [YES], [NO]), 99, 99)
+    pairs, dropped = encode_pairs(t, list(rows), 999, 999)
+    return "\n".join(data.summary(list(rows), pairs, dropped, 999)), pairs
+
+
+def test_what_a_template_does_not_write_is_counted(make_tokenizer):
+    call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"c": "x"}}}
+    tool = {"role": "tool", "content": "18 degrees", "name": "weather"}
+    rows = [
+        row_of([Q], [YES], [NO]),
+        row_of([Q], [assistant("<think>so</think>yes")], [NO]),
+        row_of([Q], [YES | {"reasoning_content": "because"}], [NO]),
+        row_of([Q, YES | {"tool_calls": [call]}, tool], [YES], [NO]),
+        row_of([Q], [YES], [NO])._replace(tools=[call]),
+    ]
+    text, pairs = warnings_by(BY_ROLE, make_tokenizer, *rows)
+    assert len(pairs) == 5
+    for what in (
+        "content of assistant messages",
+        "reasoning_content of assistant messages",
+        "tool_calls of assistant messages",
+        "content of tool messages",
+        "name of tool messages",
+        "tools",
+    ):
+        assert f"leaves out {what}, or a part of it, in 1 pairs (first: rows.jsonl:7)" in text
+    assert text.count("leaves out") == 6
+
+
+@pytest.mark.parametrize(
+    "written", ["m.content | trim", "m.content | tojson", "m.content.split() | join('  ')"]
+)
+def test_what_a_template_writes_in_another_way_is_not_counted(written, make_tokenizer):
+    """Stripped, escaped as JSON, or with other white space; and in another order."""
+    t = make_tokenizer(
+        chat_template="{% for m in messages | reverse %}{{ " + written + " }}{% endfor %}"
+    )
+    asked = [{"role": "system", "content": "be\nbrief"}, user(' say "a"\nor b ')]
+    assert left_out(asked, t.apply_chat_template(asked)) == []
+
+
+def test_a_text_within_another_message_is_not_taken_for_its_own():
+    asked = [user("Lima is where?"), user("Lima")]
+    assert left_out(asked, "<Lima is where?>") == ["content of user messages"]
+    assert left_out(asked, "<Lima is where?><Lima>") == []
+
+
+def test_a_prompt_of_which_nothing_is_written_is_dropped(make_tokenizer):
+    rows = [row_of([{"role": "critic", "content": "Who?"}], [YES], [NO]), row_of([Q], [YES], [NO])]
+    text, pairs = warnings_by(BY_ROLE, make_tokenizer, *rows)
+    assert len(pairs) == 1
+    assert "1 the chat template writes nothing of the prompt (first: rows.jsonl:7)" in text
+    with pytest.raises(ValueError, match="no pairs left of 1 rows: 1 the chat template writes not"):
+        warnings_by(BY_ROLE, make_tokenizer, rows[0])
+
+
+def test_answers_that_differ_only_in_what_is_left_out_are_told_apart_from_equal_ones(
+    make_tokenizer,
+):
+    t = make_tokenizer(chat_template=BY_ROLE)
+    other = assistant("<think>hm</think>yes")
+    reason = "identical responses, as the chat template leaves out what differs"
+    assert encode_pair(t, row_of([Q], [YES], [other]), 99, 99) == reason
+    assert encode_pair(t, row_of([Q], [YES], [YES]), 99, 99) == "identical responses"
+
+
+def test_tools_and_all_keys_of_a_message_reach_the_template(make_tokenizer):
+    template = (
+        "{{ tools[0].name if tools }}{% for m in messages %}[{{ m.content }}"
+        "{% for call in m.tool_calls %}{{ call.function.arguments.city }}{% endfor %}]{% endfor %}"
+    )
+    t = make_tokenizer(chat_template=template)
+    call = {"function": {"name": "weather", "arguments": {"city": "Lima"}}}
+    chosen = {"role": "assistant", "content": "", "tool_calls": [call]}
+    loaded = row_of([Q], [chosen], [NO])._replace(tools=[{"name": "weather"}])
+    pair = encode_pair(t, loaded, 99, 99)
+    assert t.decode(pair.prompt[1:]) == "weather[q]" and t.decode(pair.chosen[:-1]) == "[Lima]"
+    assert t.decode(pair.rejected[:-1]) == "[no]"
 
 
 # -----------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_prepare_says_which_columns_became_what(tmp_path):
     rows = [FORMS[what][0] for what in ("Intel's orca pairs", "without a system text", "Alpaca")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     printed = prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "out")
-    assert "1 from question as the user's message, system as a message\n" in printed
+    assert "1 from question as the user's message, after system\n" in printed
     assert "1 from question as the user's message\n" in printed
     assert "1 from instruction and input as the user's message\n" in printed
 

@@ -291,7 +291,8 @@ def test_rows(n, tiny_tokenizer, tmp_path):
         for row in rows or ():
             for part in row[:3]:
                 assert isinstance(part, str) or all(
-                    isinstance(m["role"], str) and isinstance(m["content"], str) for m in part
+                    isinstance(m["role"], str) and isinstance(m["content"], str | None)
+                    for m in part
                 )
             pair = data.encode_pair(tokenizer, row, 64, 32)
             assert isinstance(pair, str | data.Pair)

@@ -1,6 +1,7 @@
 """A run that is killed, stopped, or short of disk is resumed to the bit."""
 
 import contextlib
+import datetime
 import errno
 import json
 import os
@@ -476,3 +477,70 @@ def test_a_full_disk_for_the_rows_names_their_file(arguments, tmp_path, monkeypa
         patch.setattr(train, "begin_folder", lambda *args: None)
         message = fails(capsys, arguments)
     assert f"{tmp_path}/out/metrics.jsonl: not written: File too large; " in message
+
+
+# ---------------------------------------------------------------------------------------------
+# Days. A chat template may write the day on which it is used, as Llama 3.2's does.
+
+
+def on(day: str, monkeypatch):
+    class Day(datetime.date):
+        today = classmethod(lambda cls: cls.fromisoformat(day))
+
+    monkeypatch.setattr("run.folder.date", Day)
+
+
+@pytest.fixture
+def dated(folder, tmp_path) -> list[str]:
+    """A run on messages whose template writes the day."""
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (tmp_path / "dated.jinja").write_text(template)
+    with open(tmp_path / "rows.jsonl", "w", encoding="utf-8") as f:
+        for i in range(8):
+            sides = {
+                "prompt": ("user", i),
+                "chosen": ("assistant", 2 * i),
+                "rejected": ("assistant", "x"),
+            }
+            row = {k: [{"role": role, "content": str(x)}] for k, (role, x) in sides.items()}
+            f.write(json.dumps(row) + "\n")
+    names = {"model": folder / "model", "data": tmp_path / "rows.jsonl", "out": tmp_path / "out"}
+    names |= {"eval-data": tmp_path / "rows.jsonl", "chat-template": tmp_path / "dated.jinja"}
+    flags = [x for name, path in names.items() for x in (f"--{name}", str(path))]
+    return [*flags, "--device", "cpu", "--batch-size", "4", "--lr-schedule", "constant"]
+
+
+def test_a_run_keeps_the_day_of_its_first_start(dated, tmp_path, monkeypatch, capsys):
+    on("2024-02-28", monkeypatch)
+    run(dated, "--max-steps", "4")
+    assert "2024-02-28, by the chat template" in capsys.readouterr().out
+    whole = run(dated, "--out", str(tmp_path / "whole"), "--max-steps", "6")
+    on("2024-03-01", monkeypatch)
+    resumed = run(dated, "--max-steps", "6", "--resume")
+    assert steps(resumed) == steps(whole)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["date"] == "2024-02-28"
+    again = [*dated, "--max-steps", "8", "--resume", "--date", "2024-03-01"]
+    assert "date was '2024-02-28' in" in fails(capsys, again)
+
+
+def test_an_evaluation_of_a_run_s_model_uses_its_day_and_says_so(
+    dated, tmp_path, monkeypatch, capsys
+):
+    on("2024-02-28", monkeypatch)
+    run(dated, "--max-steps", "2")
+    on("2024-03-01", monkeypatch)
+    evaluate = ["--eval-only", "--eval-data", str(tmp_path / "rows.jsonl"), "--device", "cpu"]
+    for model, more, day in (
+        (tmp_path / "out" / "model", [], "2024-02-28"),
+        (tmp_path / "out" / "model", ["--date", "2024-03-02"], "2024-03-02"),
+        (shutil.copytree(tmp_path / "out" / "model", tmp_path / "moved"), [], "2024-03-01"),
+    ):
+        capsys.readouterr()
+        train.main([*evaluate, "--model", str(model), *more])
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["date"] == day and f"date     {day}, by" in captured.err
+
+
+def test_a_day_that_is_none_is_refused(dated, capsys):
+    for day in ("today", "2024-02-30", "29.2.2024"):
+        assert f"--date must be YYYY-MM-DD, not '{day}'" in fails(capsys, [*dated, "--date", day])

@@ -1,19 +1,23 @@
 """Turns published preference data into the JSON Lines that train.py reads.
 
-    python -m tools.prepare IN [IN ...] --out PAIRS.jsonl
+    python -m tools.prepare IN [IN ...] --out PAIRS.jsonl [--prompt COLUMN] [--split NAME]
 
-IN is parquet (needs pyarrow), a JSON array, or JSON Lines, each also gzipped (.gz), or a folder as
-`hf download` leaves it, of which the split "train" is taken (or --split). A row is read as
+IN is parquet or arrow (both need pyarrow), a JSON array, or JSON Lines, each also gzipped (.gz), or
+a folder as `hf download` or `save_to_disk` leaves it, of which the split "train" is taken. A row is
+read as
 
     messages    role and content, or ShareGPT's from and value; content may be in parts of text.
-                Whole dialogues, or their last answers beside `prompt` or `conversations`
-    HH-RLHF     whole dialogues as one text, "\\n\\nHuman: ... \\n\\nAssistant: ..."
-    questions   `question`, `instruction` or `input`, and answers as text: they become messages;
-                `input` is put after an instruction, and `system` becomes a turn of its own
+                Whole dialogues, or their last answers beside `prompt` or `conversations`; every
+                other key of a message is kept, and `tools` too
+    questions   `question`, `instruction`, `query` or `input` (or --prompt), and answers as text:
+                they become messages; `input` is put after an instruction, `system` and `history`
+                become turns before it
     strings     `prompt` and its continuations, which stay as they are
+    others      HH-RLHF, UltraFeedback with scores, SHP, PKU-SafeRLHF, HelpSteer, Nectar, OpenAI's
+                and more: docs/recipes.md has the table
 
-and written as prompt, chosen, rejected (and accept). What cannot be used is counted by reason, and
-what is ignored by column.
+and written as prompt, chosen, rejected (and accept, tools). What cannot be used is counted by
+reason, and what is ignored by column.
 """
 
 import gzip
@@ -25,13 +29,12 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from formats.rows import Preference, parse_json, preference, warnings_of
+from formats.rows import Preference, parse_json, warnings_of
 from run.flags import page_parser
+from tools.forms import convert, scored_against
 
-ROLES = {"Human": "user", "Assistant": "assistant"}  # HH-RLHF's
-ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-QUESTIONS = ("instruction", "question", "input")
-SUFFIXES = (".parquet", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
+SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
+ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -41,7 +44,8 @@ SUFFIXES = (".parquet", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
 def files_of(path: Path, split: str | None) -> list[Path]:
     """The file itself, or of a folder the files of one split. Raises FileNotFoundError, ValueError.
 
-    A file's split is its name up to "-00000-of-00003", or where it is "0000" its folder's name.
+    A file's split is its name up to "-00000-of-00003"; or its folder's name, where it is "0000" or
+    of `save_to_disk`.
     """
     if not path.is_dir():
         if not path.is_file():
@@ -51,9 +55,10 @@ def files_of(path: Path, split: str | None) -> list[Path]:
     for file in sorted(path.rglob("*")):
         parts = file.relative_to(path).parts
         hidden = any(part.startswith(".") for part in parts)
-        if file.name.endswith(SUFFIXES) and file.name != "dataset_infos.json" and not hidden:
+        if file.name.endswith(SUFFIXES) and file.name not in ABOUT and not hidden:
             name = re.split(r"-\d+-of-\d+|\.", file.name)[0]
-            splits.setdefault(file.parent.name if name.isdigit() else name, []).append(file)
+            from_folder = name.isdigit() or (name == "data" and file.suffix == ".arrow")
+            splits.setdefault(file.parent.name if from_folder else name, []).append(file)
     if not splits:
         raise ValueError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
     names = [split] if split else ["train"] if "train" in splits else list(splits)
@@ -67,11 +72,12 @@ def files_of(path: Path, split: str | None) -> list[Path]:
 def read(path: Path):
     """Yields (number, row): a ValueError in place of a row that is not JSON. Numbers are lines in
     JSON Lines, else rows, from 1. Raises ValueError where the file itself is broken."""
-    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{path}: parquet needs pyarrow: pip install pyarrow")
+    columnar = path.suffix in (".parquet", ".arrow")
+    if columnar and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{path}: {path.suffix[1:]} needs pyarrow: pip install pyarrow")
     try:
-        if path.suffix == ".parquet":
-            yield from enumerate(read_parquet(path), 1)
+        if columnar:
+            yield from enumerate(read_columns(path), 1)
             return
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             first = next((line for line in f if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
@@ -95,108 +101,35 @@ def parsed(line: bytes):
         return ValueError("not JSON")
 
 
-def read_parquet(path: Path):
+def read_columns(path: Path):
+    """The rows of a parquet or an arrow file."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        if path.suffix == ".parquet":
+            batches = parquet.ParquetFile(path).iter_batches()
+        else:
+            batches = pyarrow.ipc.open_stream(path)
+        for batch in batches:
+            yield from map(without_nulls, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise ValueError(error) from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Rows.
-
-
-def dialogue_of(text: str) -> list[dict]:
-    """ "\\n\\nHuman: a\\n\\nAssistant: b" as messages."""
-    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
-    messages = [
-        {"role": ROLES[role], "content": said.strip()}
-        for role, said in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-    in_turn = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
-    if parts[0].strip() or not in_turn:
-        raise ValueError("turns are not Human, Assistant, ...")
-    return messages
-
-
-def messages_of(value):
-    """Messages of every form as role and content; anything else as it is. A system message without
-    content is left out."""
-    if not isinstance(value, dict | list):
-        return value
-    messages = []
-    for m in [value] if isinstance(value, dict) else value:
-        if not isinstance(m, dict):
-            raise ValueError("a message is not an object")
-        role, content = (
-            m.get(new) if m.get(new) is not None else m.get(old)
-            for new, old in (("role", "from"), ("content", "value"))
-        )
-        if isinstance(content, list):
-            texts = [p.get("text") if isinstance(p, dict) else None for p in content]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError("a message's content has parts that are not text")
-            content = "".join(texts)
-        if role == "system" and not content:
-            continue
-        if content is None:
-            raise ValueError("a message's content is null")
-        messages.append({"role": ROLES.get(role, role), "content": content})
-    return messages
+def without_nulls(value):
+    """Without the keys that only other rows have: columns give each object the keys of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def line_of(row: Preference) -> bytes:
     """Raises ValueError where a text has half a surrogate pair, which is nothing in UTF-8."""
     kept = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-    kept |= {} if row.accept is None else {"accept": row.accept}
+    kept |= {"accept": row.accept, "tools": row.tools}
+    kept = {key: value for key, value in kept.items() if value is not None}
     return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
-
-
-def convert(row, where: str) -> tuple[Preference, str]:
-    """A row of any form as train.py's, and what was made of it, in words. Raises ValueError with
-    the reason why there is none."""
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}
-    row |= {key: messages_of(row[key]) for key in ("chosen", "rejected") if key in row}
-    sides = row.get("chosen"), row.get("rejected")
-    if all(isinstance(side, str) and re.match(r"\s*Human:", side) for side in sides):
-        sides = chosen, rejected = tuple(map(dialogue_of, sides))
-        if len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
-            raise ValueError("dialogues part before the last answer")
-        if chosen[-1]["role"] != "assistant":
-            raise ValueError("dialogues end with a question")
-    texts = all(isinstance(side, str) for side in sides)
-    last_answers = all(isinstance(side, list) and len(side) == 1 for side in sides)
-
-    name = next((key for key in ("prompt", *QUESTIONS, "conversations") if row.get(key)), "prompt")
-    prompt, system, form = messages_of(row.pop(name, None)), row.get("system"), ""
-    if isinstance(prompt, str) and (last_answers or (texts and (name in QUESTIONS or system))):
-        form = f"{name} as the user's message"
-        if name in ("instruction", "question") and isinstance(row.get("input"), str):
-            if more := row.pop("input"):
-                prompt = f"{prompt}\n\n{more}"
-            form = f"{name} and input as the user's message"
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and texts:
-        sides = [[{"role": "assistant", "content": side}] for side in sides]
-    if "chosen" in row and "rejected" in row:
-        row |= {"chosen": sides[0], "rejected": sides[1]}
-    found = preference(row | ({} if prompt is None else {"prompt": prompt}), where)
-    form = form or ("strings" if isinstance(found.prompt, str) else "messages")
-    unused = "system" in found.ignored and isinstance(system, str)
-    if unused and isinstance(found.prompt, list) and found.prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": system}, *found.prompt]
-        ignored = tuple(key for key in found.ignored if key != "system")
-        found = found._replace(prompt=prompt, ignored=ignored)
-        form += ", system as a message"
-    return found, form
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,41 +139,40 @@ def main(argv=None):
     parser = page_parser(__doc__, "prepare.py")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN")
     parser.add_argument("--out", required=True, type=Path, metavar="PAIRS.jsonl")
+    parser.add_argument("--prompt", metavar="COLUMN", help="the column that asks")
     parser.add_argument("--split", help='of a folder (default: "train", or the only one)')
     args = parser.parse_args(argv)
     try:
-        prepare(args.inputs, args.out, args.split)
+        prepare(args.inputs, args.out, args.split, args.prompt)
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def prepare(inputs: list[Path], out: Path, split: str | None):
+def prepare(inputs: list[Path], out: Path, split: str | None, column: str | None = None):
     """Writes `out`, which may be one of the inputs and stays as it is where there is an error.
     Raises OSError and ValueError with the name of a file."""
     files = [file for path in inputs for file in files_of(path, split)]
     if any(path.is_dir() for path in inputs):
         print(f"taken: {', '.join(map(str, files))}")
-    rows, forms, n, dropped, first = [], Counter(), 0, Counter(), {}
+    rows, n, forms, dropped, odd = [], 0, Counter(), Counted(), Counted()
     beside = out.with_name(out.name + ".tmp")
     try:
         with open(beside, "wb") as f:
             for where, row in ((f"{file}:{i}", row) for file in files for i, row in read(file)):
                 n += 1
                 try:
-                    found, form = convert(row, where)
+                    found, form = convert(row, where, column)
                     f.write(line_of(found))
-                    rows.append(found)
-                    forms[form] += 1
                 except ValueError as error:
-                    reason = f"{error!s:.200}"
-                    dropped[reason] += 1
-                    first.setdefault(reason, where)
-        drops = [f"{k} {why} (first: {first[why]})" for why, k in dropped.most_common(10)]
-        if len(dropped) > 10:
-            drops.append(f"{n - len(rows) - sum(k for _, k in dropped.most_common(10))} others")
+                    dropped.add(f"{error!s:.250}", where)
+                    continue
+                rows.append(found)
+                forms[form] += 1
+                if note := scored_against(row):
+                    odd.add(note, where)
         if not rows:
-            reasons = "; ".join(drops) or "the files are empty"
+            reasons = "; ".join(dropped.lines()) or "the files are empty"
             raise ValueError(f"{files[0]}: no pairs left of {n} rows: {reasons}")
         beside.replace(out)
     except OSError as error:  # of writing: `read` makes its own a ValueError
@@ -250,8 +182,27 @@ def prepare(inputs: list[Path], out: Path, split: str | None):
     print(f"{out}: {len(rows)} pairs of {n} rows")
     for form, k in forms.most_common():
         print(f"  {k} from {form}")
-    for line in [f"dropped: {line}" for line in drops] + warnings_of(rows):
+    lines = [f"dropped: {line}" for line in dropped.lines()]
+    lines += [f"warning: {line}" for line in odd.lines()]
+    for line in lines + warnings_of(rows):
         print(f"  {line}")
+
+
+class Counted(Counter):
+    """How often something was met, and where first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def add(self, what: str, where: str):
+        self[what] += 1
+        self.first.setdefault(what, where)
+
+    def lines(self) -> list[str]:
+        lines = [f"{k} {what} (first: {self.first[what]})" for what, k in self.most_common(10)]
+        others = self.total() - sum(k for _, k in self.most_common(10))
+        return lines + [f"{others} others"] * bool(others)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""Published forms of preference data: what tools/prepare.py makes of a row in each."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import data
+from tests.test_examples import messages, prepared, said
+from tools.forms import READERS, convert
+
+RECIPES = Path(data.__file__).resolve().parent / "docs" / "recipes.md"
+ASKED = messages("u:Name a lake.")
+GARDA = {"prompt": ASKED, "chosen": messages("a:Garda."), "rejected": messages("a:No.")}
+BRIEF = messages("s:Be brief.")
+TALK = messages("u:Name a river.", "a:The Elbe.")
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "map"}}}
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+HH = "\n\nHuman: Name a lake.\n\nAssistant:"
+TWO = ("Garda.", "No.")
+
+
+def answers(better: str, worse: str) -> dict:
+    return {better: TWO[0], worse: TWO[1]}
+
+
+def rated(text: str, score: str, best, middle, worst) -> list[dict]:
+    scores = {"Po": middle, "No.": worst, "Garda.": best}
+    return [{text: answer, score: x} for answer, x in scores.items()]
+
+
+FORMS = {  # what: (the row, the row as written)
+    "stack-exchange": ({"question": "Name a lake."} | answers("response_j", "response_k"), GARDA),
+    "argilla's older": (
+        {"instruction": "Name a lake."} | answers("chosen_response", "rejected_response"),
+        GARDA,
+    ),
+    "MedicalGPT": (
+        {
+            "system": "Be brief.",
+            "history": [["Name a river.", "The Elbe."]],
+            "question": "Name a lake.",
+        }
+        | answers("response_chosen", "response_rejected"),
+        GARDA | {"prompt": BRIEF + TALK + ASKED},
+    ),
+    "LLaMA-Factory's alpaca": (
+        {"instruction": "Name a lake.", "input": "", "history": [["Name a river.", "The Elbe."]]}
+        | answers("chosen", "rejected"),
+        GARDA | {"prompt": TALK + ASKED},
+    ),
+    "LLaMA-Factory's older": ({"instruction": "Name a lake.", "input": "", "output": TWO}, GARDA),
+    "OpenAI": (
+        {
+            "input": {"messages": BRIEF + ASKED, "tools": TOOLS, "parallel_tool_calls": True},
+            "preferred_output": GARDA["chosen"],
+            "non_preferred_output": GARDA["rejected"],
+        },
+        GARDA | {"prompt": BRIEF + ASKED, "tools": TOOLS},
+    ),
+    "ms-swift": (
+        {"messages": BRIEF + ASKED + GARDA["chosen"], "rejected_response": "No."},
+        GARDA | {"prompt": BRIEF + ASKED},
+    ),
+    "ms-swift, rejected_messages": (
+        {"messages": ASKED + GARDA["chosen"], "rejected_messages": ASKED + GARDA["rejected"]},
+        GARDA,
+    ),
+    "SHP": (
+        {"history": "Name a lake.", "human_ref_A": "No.", "human_ref_B": "Garda.", "labels": 0},
+        GARDA,
+    ),
+    "PKU-SafeRLHF": (
+        {"prompt": "Name a lake.", "response_0": "No.", "response_1": "Garda."}
+        | {"better_response_id": 1, "safer_response_id": 0},
+        GARDA,
+    ),
+    "HelpSteer2": (
+        {"prompt": "Name a lake.", "response_1": "No.", "response_2": "Garda."}
+        | {"preference_strength": 2},
+        GARDA,
+    ),
+    "HelpSteer3": (
+        {"context": ASKED, "response1": "Garda.", "response2": "No.", "overall_preference": -1},
+        GARDA,
+    ),
+    "WebGPT": (
+        {"question": {"full_text": "Name a lake."}, "answer_0": "No.", "answer_1": "Garda."}
+        | {"score_0": -0.5, "score_1": 0.5},
+        GARDA,
+    ),
+    "MT-Bench, first turn": (
+        {
+            "conversation_a": ASKED + GARDA["rejected"] + messages("u:More.", "a:x"),
+            "conversation_b": ASKED + GARDA["chosen"] + messages("u:More.", "a:y"),
+            "winner": "model_b",
+            "turn": 1,
+        },
+        GARDA,
+    ),
+    "Nectar": (
+        {
+            "prompt": HH + " ",
+            "answers": [
+                {"answer": x, "rank": r} for x, r in (("Po", 2), ("No.", 3), ("Garda.", 1))
+            ],
+        },
+        GARDA,
+    ),
+    "stack-exchange-preferences": (
+        {
+            "question": "Name a lake.",
+            "answers": [
+                {"text": x, "pm_score": s} for x, s in (("Po", 2), ("No.", 0), ("Garda.", 5))
+            ],
+        },
+        GARDA,
+    ),
+    "UltraFeedback, original": (
+        {
+            "instruction": "Name a lake.",
+            "completions": [
+                {"response": x, "overall_score": s}
+                for x, s in (("Po", 5), ("No.", 2), ("Garda.", 8.5))
+            ],
+        },
+        GARDA,
+    ),
+    "TL;DR": (
+        {
+            "info": {"post": "Long. ", "title": "dog", "subreddit": "dogs"},
+            "summaries": [{"text": " No."}, {"text": " Garda."}],
+            "choice": 1,
+        },
+        {
+            "prompt": "SUBREDDIT: r/dogs\n\nTITLE: dog\n\nPOST: Long.\n\nTL;DR:",
+            "chosen": " Garda.",
+            "rejected": " No.",
+        },
+    ),
+    "UltraInteract": (
+        {"trajectory": said("u:Name a lake.")} | answers("chosen", "rejected"),
+        GARDA,
+    ),
+    "HH's prompt apart": ({"prompt": HH, "chosen": " Garda.", "rejected": " No."}, GARDA),
+    "a query": ({"query": "Name a lake."} | answers("chosen", "rejected"), GARDA),
+    "ShareGPT with tools": (
+        {
+            "tools": json.dumps(TOOLS),
+            "conversations": [
+                *said("u:Name a lake."),
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "blue"},
+            ],
+        }
+        | answers("chosen", "rejected"),
+        GARDA
+        | {
+            "prompt": [
+                *ASKED,
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "blue"},
+            ],
+            "tools": TOOLS,
+        },
+    ),
+    "TRL's with tools": (GARDA | {"tools": TOOLS},) * 2,
+    "a struct of lists": (
+        {
+            "chosen": {"role": ["user", "assistant"], "content": ["Name a lake.", "Garda."]},
+            "rejected": {"role": ["user", "assistant"], "content": ["Name a lake.", "No."]},
+        },
+        GARDA,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FORMS)
+def test_a_form_becomes_its_pair(what, tmp_path):
+    """By the command, and as train.py then reads it."""
+    row, wanted = FORMS[what]
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    prepared(tmp_path / "rows.json", "--out", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == wanted
+    (got,) = data.load_preferences(tmp_path / "out.jsonl")
+    assert (got.prompt, got.chosen, got.rejected) == tuple(
+        wanted[key] for key in ("prompt", "chosen", "rejected")
+    )
+    assert got.tools == wanted.get("tools") and not got.ignored
+
+
+TIES = {
+    "PKU-SafeRLHF": {"better_response_id": 0.5},
+    "HelpSteer2": {"preference_strength": 0},
+    "HelpSteer3": {"overall_preference": 0},
+    "WebGPT": {"score_1": -0.5},
+    "MT-Bench, first turn": {"winner": "tie"},
+    "Nectar": {"answers": [{"answer": x, "rank": 1} for x in TWO]},
+}
+
+
+@pytest.mark.parametrize("what", TIES)
+def test_a_tie_is_no_pair(what):
+    with pytest.raises(ValueError, match="both answers are rated alike"):
+        convert(FORMS[what][0] | TIES[what], "FILE:1")
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (
+            {"prompt": "q", "completion": "a", "label": True},
+            "completion and label are unpaired ratings, as KTO takes them",
+        ),
+        (GARDA | {"images": ["a.jpg"]}, "images is not text"),
+        ({"instruction": "q", "output": "a"}, "output is one answer; chosen and rejected are need"),
+        (FORMS["MT-Bench, first turn"][0] | {"turn": 2}, "dialogues part before the last answer"),
+        ({"info": 3, "summaries": [], "choice": 0}, "its columns are those of summaries and choi"),
+        ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "fewer than two answers"),
+        ({"prompt": "q", "answers": [{"answer": "a"}] * 2}, "a rating is not a number but None"),
+        ({"prompt": "q", "answers": 3}, "its columns are those of answers by rank"),
+        (
+            {"context": "A long text.", "chosen": "a", "rejected": "b"},
+            "there is no prompt, but tex",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_pair_is_counted_with_its_reason(row, words, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps(GARDA))
+    printed = prepared(file, "--out", tmp_path / "out.jsonl")
+    assert "1 pairs of 2 rows" in printed and f"dropped: 1 {words}" in printed
+    assert f"(first: {file}:1)" in printed
+
+
+def test_the_user_names_the_column_that_asks(tmp_path):
+    row = {"prompt": "p-17", "ask me": "Name a lake."} | answers("chosen", "rejected")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(GARDA))
+    words = [tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl", "--prompt", "ask me"]
+    printed = prepared(*words)
+    assert "1 from ask me as the user's message" in printed
+    assert "dropped: 1 --prompt names the column ask me, and the row has none" in printed
+    (got,) = data.load_preferences(tmp_path / "out.jsonl")
+    assert got.prompt == ASKED
+
+
+def test_scores_that_contradict_the_order_are_counted(tmp_path):
+    scores = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
+    rows = [GARDA | dict(zip(names, values, strict=True)) for names in scores for values in
+            ((2, 1), (1, 2), (1.5, 1.5))]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl")
+    assert "6 pairs of 6 rows" in printed
+    for line, words in (
+        (2, "have a lower score_chosen than score_rejected"),
+        (3, "have score_chosen and score_rejected alike"),
+        (5, "have a lower chosen-rating than rejected-rating"),
+        (6, "have chosen-rating and rejected-rating alike"),
+    ):
+        assert f"warning: 1 {words} (first: {tmp_path / 'rows.jsonl'}:{line})" in printed
+
+
+def test_the_table_of_forms_is_this_one():
+    """docs/recipes.md names every reader, as prepare.py prints it."""
+    text = RECIPES.read_text(encoding="utf-8")
+    assert [name for name in READERS if f"| {name} |" not in text] == []

@@ -1,0 +1,176 @@
+"""Messages in their published spellings, and the templates that write them."""
+
+import datetime
+import json
+
+import pytest
+
+from data import load_tokenizer
+from formats.chat_template import read_template_file, render_chat_template
+from formats.messages import messages_of
+from formats.rows import load_preferences, warnings_of
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
+SPELLINGS = {
+    "role and content": [Q, A],
+    "ShareGPT": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+    "other roles": [{"role": "User", "content": "q"}, {"role": "bot", "content": "a"}],
+    "OpenAssistant": [{"role": "prompter", "content": "q"}, {"role": "Assistant", "content": "a"}],
+    "in an object": {"messages": [Q, A]},
+    "a list for each key": {"role": ["user", "assistant"], "content": ["q", "a"]},
+    "ShareGPT, a list for each key": {"from": ["human", "gpt"], "value": ["q", "a"]},
+    "JSON text": json.dumps([Q, A]),
+    "JSON text of an object": json.dumps({"messages": [Q, A]}),
+    "Python's repr": repr([Q, A]),
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, A],
+    "nulls, as parquet has them": [Q | {"tool_calls": None, "name": None}, A | {"tool_calls": []}],
+    "an empty system message": [{"role": "system", "content": None}, Q, A],
+}
+
+
+@pytest.mark.parametrize("what", SPELLINGS)
+def test_every_spelling_is_the_same_dialogue(what):
+    assert messages_of(SPELLINGS[what]) == [Q, A]
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", '{"a": 1}', "[INST] hi", "{ role", "[]", '["role"]', '{"role": "x"}', ""]
+)
+def test_text_that_is_no_dialogue_stays_text(text):
+    assert messages_of(text) == text
+
+
+def test_other_keys_stay_and_calls_are_objects():
+    """OpenAI writes arguments as JSON text, ShareGPT a call as an answer of its own role."""
+    as_text = CALL | {"function": {"name": "weather", "arguments": '{"city": "Lima"}'}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [as_text], "weight": 0}
+    (got,) = messages_of([answer])
+    assert got == answer | {"tool_calls": [CALL]}
+    call = {"from": "function_call", "value": json.dumps(CALL["function"])}
+    seen = {"from": "observation", "value": "18 C"}
+    assert messages_of([call, seen]) == [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "18 C"},
+    ]
+
+
+def rows(tmp_path, *objects):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, objects)))
+    return load_preferences(file)
+
+
+def test_a_row_is_read_alike_in_every_spelling(tmp_path):
+    other = [Q, A | {"content": "b"}]
+    for dialogue in SPELLINGS.values():
+        (row,) = rows(tmp_path, {"prompt": "q", "chosen": dialogue, "rejected": other})
+        assert (row.prompt, row.chosen, row.rejected) == ([Q], [A], other[1:]) and not row.ignored
+
+
+def test_messages_beside_answers_are_the_prompt(tmp_path):
+    for key in ("messages", "conversations"):
+        (row,) = rows(tmp_path, {key: [Q], "chosen": [A], "rejected": [A | {"content": "b"}]})
+        assert row.prompt == [Q] and row.chosen == [A]
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        ({"query": "Why?"}, "query"),
+        ({"source": "Who is it?"}, "source"),
+        ({"history": [["a", "b"]]}, "history"),
+        ({"turns": [Q]}, "turns"),
+        ({"trajectory": [{"from": "user", "value": "2 + 3?"}]}, "trajectory"),
+    ],
+)
+@pytest.mark.parametrize("answers", ["text", "messages"])
+def test_a_prompt_is_not_guessed_where_another_column_may_be_it(answers, more, named, tmp_path):
+    sides = {"chosen": "It is Lima.", "rejected": "It is Cusco."}
+    if answers == "messages":
+        sides = {key: [{"role": "assistant", "content": text}] for key, text in sides.items()}
+    with pytest.raises(ValueError) as error:
+        rows(tmp_path, {"id": "x-1", "score": 1, **more} | sides)
+    message = str(error.value)
+    assert f"rows.jsonl:1: there is no prompt, but text in {named}: " in message
+    assert f"tools/prepare.py --prompt {named};" in message
+
+
+def test_a_prompt_that_both_answers_repeat_counts_once_and_is_said(tmp_path):
+    loaded = rows(
+        tmp_path,
+        {"prompt": "Q: a\n", "chosen": "Q: a\nyes", "rejected": "Q: a\nno"},
+        {"prompt": "Q: a\n", "chosen": "Q: a\nyes", "rejected": "no"},
+    )
+    assert [row.chosen for row in loaded] == ["yes", "Q: a\nyes"]
+    (line,) = [line for line in warnings_of(loaded) if "repeat" in line]
+    assert line.startswith("1 of 2 rows repeat the prompt in both answers (first: ")
+
+
+# ---------------------------------------------------------------------------------------------
+# Template files.
+
+LAID_OUT = """\
+{% for m in messages %}
+    {% if m.role == 'user' %}
+        {{ '<' + m.content + '>\\n' }}
+    {% else %}
+        {{ '[' + m.content + ']' }}
+    {% endif %}
+
+{% endfor %}
+{% if add_generation_prompt %}
+    {{ 'A: ' }}
+{% endif %}
+"""
+
+
+def written(template: str) -> str:
+    return render_chat_template(template, [Q], True, {})
+
+
+def test_a_template_file_that_is_laid_out_for_people_is_read_as_its_authors_do(tmp_path):
+    """They remove indentation and line ends. A file whose tags strip their own white space, or
+    that has no indentation in front of an output, is taken to the letter."""
+    for name, template, wanted in (
+        ("indented", LAID_OUT, "<q>\nA: "),
+        ("with tabs", LAID_OUT.replace("    ", "\t"), "<q>\nA: "),
+        ("with tags that strip", LAID_OUT.replace("{{", "{{-").replace("{%", "{%-"), "<q>\nA: "),
+        (
+            "with lines of text",
+            "{% for m in messages %}\n{{ m.content }}\n{% endfor %}\n  A:",
+            "q\n  A:",
+        ),
+        ("after a tag that strips", "{% if true -%}\n    {{ 'a' }}\n{% endif %}b", "a\nb"),
+        ("with text of several lines", "{{- 'a\n    {{ b' }}", "a\n    {{ b"),
+    ):
+        (tmp_path / "t.jinja").write_text(template)
+        assert written(read_template_file(tmp_path / "t.jinja")) == wanted, name
+
+
+def test_several_templates_without_a_default_are_refused_by_name(tiny_tokenizer, tmp_path):
+    config = json.loads((tiny_tokenizer / "tokenizer_config.json").read_text())
+    for file in tiny_tokenizer.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    named = [{"name": name, "template": name} for name in ("rag", "tool_use")]
+    config["chat_template"] = named
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(tmp_path).apply_chat_template([Q])
+    assert "the chat templates rag, tool_use, and none is the default" in str(error.value)
+    assert "--chat-template" in str(error.value)
+    (tmp_path / "t.jinja").write_text("x")
+    assert load_tokenizer(tmp_path, tmp_path / "t.jinja").apply_chat_template([Q]) == "x"
+    config["chat_template"] = [*named, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).apply_chat_template([Q]) == "d"
+
+
+def test_a_template_is_told_the_day_that_is_set(tiny_tokenizer):
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    assert not tokenizer.writes_date
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}"
+    assert tokenizer.writes_date
+    assert tokenizer.apply_chat_template([Q]) == datetime.date.today().strftime("%d %b %Y")
+    tokenizer.date = datetime.date(2024, 2, 29)
+    assert tokenizer.apply_chat_template([Q]) == "29 Feb 2024"

@@ -1,0 +1,344 @@
+"""The forms in which preference data is published, each as the row that train.py reads.
+
+A form is recognised by its columns. READERS turn the special ones into prompt, chosen and rejected;
+`convert` does the rest, which is the same for all of them: questions become messages, `system` and
+`history` go in front of them, `input` after an instruction. docs/recipes.md has them as a table.
+"""
+
+import re
+
+from formats.messages import messages_of
+from formats.rows import Preference, preference
+
+# The columns of the better and the worse answer, where they have other names.
+ANSWERS = {
+    "chosen_response": "rejected_response",
+    "response_chosen": "response_rejected",
+    "response_j": "response_k",  # stack-exchange-paired
+    "preferred_output": "non_preferred_output",  # OpenAI
+    "messages": "rejected_messages",  # ms-swift
+}
+# What asks: the first of these that has something is the prompt.
+QUESTIONS = ("instruction", "question", "query", "input")
+DIALOGUES = ("messages", "conversations", "conversation", "trajectory", "context")
+SCORES = (
+    *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")),
+    *(("rating_chosen", "rating_rejected"), ("chosen-rating", "rejected-rating")),
+    *(("chosen_rating", "rejected_rating"), ("chosen_avg_rating", "rejected_avg_rating")),
+)
+
+
+def convert(row, where: str, column: str | None = None) -> tuple[Preference, str]:
+    """A row of any form as train.py's, and what was made of it, in words. column: the one that
+    asks, where the user names it. Raises ValueError with the reason why there is none."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
+    row, form = {key: value for key, value in row.items() if value is not None}, ""
+    if column and column not in row:
+        raise ValueError(f"--prompt names the column {column}, and the row has none")
+    if not {"chosen", "rejected"} & row.keys():
+        row, form = read_form(row)
+    row |= {key: messages_of(row[key]) for key in ("chosen", "rejected") if key in row}
+    if all(is_hh(row.get(key)) for key in ("chosen", "rejected")):
+        row |= {key: hh_dialogue(row[key]) for key in ("chosen", "rejected")}
+        check_hh(row["chosen"], row["rejected"])
+        form = form or "dialogues as text (HH-RLHF)"
+    row, made = ask(row, column)
+    found = preference(row, where)
+    form = form or made or ("strings" if isinstance(found.prompt, str) else "messages")
+    if is_list(found.prompt):
+        found, used = with_earlier(found, row)
+        form += f", after {' and '.join(used)}" if used else ""
+    return found, form
+
+
+def ask(row: dict, column: str | None) -> tuple[dict, str]:
+    """The row with a prompt of messages where its answers are, and how that was made, in words.
+    Strings with a `prompt` stay strings, and so does a row without anything that asks."""
+    sides = row.get("chosen"), row.get("rejected")
+    texts = all(isinstance(side, str) for side in sides)
+    last_answers = all(isinstance(side, list) and len(side) == 1 for side in sides)
+    name, prompt = asking(row, column)
+    if name is None:
+        return row, ""
+    form = ""
+    if isinstance(prompt, str) and is_hh(prompt) and (texts or last_answers):
+        prompt = hh_dialogue(prompt)
+        prompt = prompt if prompt[-1]["content"] else prompt[:-1]  # "Assistant:" asks for more
+        sides = tuple(side.strip() if texts else side for side in sides)
+        form = "a dialogue as text (HH-RLHF) and its answers"
+    chat = bool(row.get("system") or row.get("history") or row.get("tools"))
+    if isinstance(prompt, str) and (last_answers or (texts and (name != "prompt" or chat))):
+        form = f"{name} as the user's message"
+        if name != "input" and isinstance(more := row.get("input"), str):
+            row = {key: value for key, value in row.items() if key != "input"}
+            prompt = f"{prompt}\n\n{more}" if more else prompt
+            form = f"{name} and input as the user's message"
+        prompt = [{"role": "user", "content": prompt}]
+    if is_list(prompt):
+        sides = tuple(
+            [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+            for side in sides
+        )
+    answered = is_list(prompt) and is_list(sides[0]) and prompt[-1:] == sides[0]
+    if answered and len(prompt) > 1:  # a dialogue that already ends with the chosen answer
+        prompt = prompt[:-1]
+    row = {key: value for key, value in row.items() if key != name or name == "prompt"}
+    made = dict(zip(("chosen", "rejected"), sides, strict=True))
+    made = {key: side for key, side in made.items() if side is not None}
+    return row | made | {"prompt": prompt}, form
+
+
+def asking(row: dict, column: str | None):
+    """The column that asks, and the messages or the text in it; None, None where there is none."""
+    for key in (column,) if column else ("prompt", *QUESTIONS, *DIALOGUES):
+        if row.get(key):
+            value = messages_of(row[key])
+            if is_list(value) or (isinstance(value, str) and key not in DIALOGUES):
+                return key, value
+    return None, None
+
+
+def is_list(value) -> bool:
+    return isinstance(value, list)
+
+
+def with_earlier(found: Preference, row: dict) -> tuple[Preference, list[str]]:
+    """With the columns system and history (pairs of question and answer) before the prompt's
+    messages, and which of the two were put there."""
+    prompt, used = found.prompt, []
+    if "history" in found.ignored and (turns := turns_of(row["history"])) is not None:
+        begins = prompt[0]["role"] == "system"
+        prompt, used = [*prompt[:begins], *turns, *prompt[begins:]], ["history"]
+    system = row["system"] if "system" in found.ignored else None
+    if isinstance(system, str) and prompt[0]["role"] != "system":
+        prompt, used = [{"role": "system", "content": system}, *prompt], ["system", *used]
+    ignored = tuple(key for key in found.ignored if key not in used)
+    return found._replace(prompt=prompt, ignored=ignored), used
+
+
+def turns_of(history) -> list[dict] | None:
+    """[[question, answer], ...] as messages; messages as they are; None where it is neither."""
+    if not isinstance(history, list):
+        return None
+    if all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        pairs = (zip(("user", "assistant"), turn, strict=True) for turn in history)
+        history = [{"role": role, "content": text} for pair in pairs for role, text in pair]
+    return messages_of(history)
+
+
+# ---------------------------------------------------------------------------------------------
+# HH-RLHF: a dialogue is one text.
+
+
+def is_hh(value) -> bool:
+    return isinstance(value, str) and re.match(r"\s*Human:", value) is not None
+
+
+def hh_dialogue(text: str) -> list[dict]:
+    """ "\\n\\nHuman: a\\n\\nAssistant: b" as messages."""
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
+    roles = {"Human": "user", "Assistant": "assistant"}
+    said = zip(parts[1::2], parts[2::2], strict=True)
+    messages = [{"role": roles[role], "content": text.strip()} for role, text in said]
+    in_turn = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
+    if parts[0].strip() or not in_turn:
+        raise ValueError("turns are not Human, Assistant, ...")
+    return messages
+
+
+def check_hh(chosen: list[dict], rejected: list[dict]):
+    if len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
+        raise ValueError("dialogues part before the last answer")
+    if chosen[-1]["role"] != "assistant":
+        raise ValueError("dialogues end with a question")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows without chosen and rejected: each reader takes the row, and gives prompt, chosen, rejected.
+
+
+def read_form(row: dict) -> tuple[dict, str]:
+    """The row with chosen and rejected, by the first form whose columns it has, and the form's
+    name; as it is where none fits."""
+    for name, (columns, reader) in READERS.items():
+        if columns <= row.keys():
+            try:
+                made = reader(row)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                problem = f"{type(error).__name__}: {error!s:.60}"
+                raise ValueError(
+                    f"its columns are those of {name}, its values are not: {problem}"
+                ) from None
+            return {key: row[key] for key in row if key not in columns} | made, name
+    for better, worse in ANSWERS.items():
+        if {better, worse} <= row.keys():
+            rest = {key: value for key, value in row.items() if key not in (better, worse)}
+            return rest | {"chosen": row[better], "rejected": row[worse]}, f"{better} and {worse}"
+    return row, ""
+
+
+def of_two(first, second, preference: float) -> dict:
+    """preference: below 0 where the first answer is the better one, above 0 where the second is."""
+    if preference == 0:
+        raise ValueError("both answers are rated alike")
+    chosen, rejected = (first, second) if preference < 0 else (second, first)
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def number(value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"a rating is not a number but {value!r:.40}") from None
+
+
+def best_and_worst(answers: list, text: str, score: str, sign: int = 1) -> dict:
+    """Of several answers with scores: the pair whose difference is the largest."""
+    rated = [(sign * number(answer.get(score)), answer[text]) for answer in answers]
+    if len(rated) < 2:
+        raise ValueError("fewer than two answers")
+    (high, best), (low, worst) = max(rated, key=first_of), min(rated, key=first_of)
+    return of_two(best, worst, low - high)
+
+
+def first_of(rated: tuple):
+    return rated[0]
+
+
+def openai(row: dict) -> dict:
+    asked = row["input"]
+    more = {"tools": asked["tools"]} if asked.get("tools") else {}
+    return {
+        "prompt": asked["messages"],
+        "chosen": row["preferred_output"],
+        "rejected": row["non_preferred_output"],
+    } | more
+
+
+def swift(row: dict) -> dict:
+    dialogue = messages_of(row["messages"])
+    answers = {"chosen": [dialogue[-1]], "rejected": row["rejected_response"]}
+    return {"prompt": dialogue[:-1]} | answers
+
+
+def summaries(row: dict) -> dict:
+    """A post or an article, and two of its summaries, as the authors' prompt (TL;DR)."""
+    info, (first, second) = row["info"], (row["summaries"][i]["text"] for i in (0, 1))
+    title = f"TITLE: {info['title']}\n\n" if info.get("title") else ""
+    if info.get("subreddit"):
+        title = f"SUBREDDIT: r/{info['subreddit']}\n\n" + title
+    post = info.get("post") or info.get("article") or ""
+    prompt = f"{title}POST: {post.strip()}\n\nTL;DR:"
+    return {"prompt": prompt} | of_two(first, second, 2 * row["choice"] - 1)
+
+
+def judged(row: dict) -> dict:
+    """MT-Bench and the chatbot arena: two dialogues of `turn` questions, and who won."""
+    if row["winner"] not in ("model_a", "model_b"):
+        raise ValueError("both answers are rated alike")
+    n = 2 * int(row.get("turn", 1))
+    dialogues = [messages_of(row[key])[:n] for key in ("conversation_a", "conversation_b")]
+    if dialogues[0][:-1] != dialogues[1][:-1]:
+        raise ValueError("dialogues part before the last answer")
+    return of_two(*dialogues, -1 if row["winner"] == "model_a" else 1)
+
+
+def webgpt(row: dict) -> dict:
+    difference = number(row["score_1"]) - number(row["score_0"])
+    question = row["question"]
+    asked = question["full_text"] if isinstance(question, dict) else question
+    return {"question": asked} | of_two(row["answer_0"], row["answer_1"], difference)
+
+
+def alpaca_outputs(row: dict) -> dict:
+    if not isinstance(row["output"], list) or len(row["output"]) != 2:
+        raise ValueError("output is one answer; chosen and rejected are needed")
+    return {"instruction": row["instruction"], **of_two(*row["output"], -1)}
+
+
+def pku(row: dict) -> dict:
+    answers, better = (row["response_0"], row["response_1"]), number(row["better_response_id"])
+    return {"question": row["prompt"]} | of_two(*answers, 2 * better - 1)
+
+
+def helpsteer(asks: str, first: str, second: str, strength: str):
+    def reader(row: dict) -> dict:
+        return {"question": row[asks]} | of_two(row[first], row[second], number(row[strength]))
+
+    return reader
+
+
+READERS = {
+    "OpenAI's preference format": ({"input", "preferred_output", "non_preferred_output"}, openai),
+    "messages and rejected_response (ms-swift)": ({"messages", "rejected_response"}, swift),
+    "better_response_id (PKU-SafeRLHF)": (
+        {"prompt", "response_0", "response_1", "better_response_id"},
+        lambda row: (
+            {"question": row["prompt"]}
+            | of_two(
+                row["response_0"], row["response_1"], 2 * number(row["better_response_id"]) - 1
+            )
+        ),
+    ),
+    "labels (SHP)": (
+        {"history", "human_ref_A", "human_ref_B", "labels"},
+        lambda row: (
+            {"question": row["history"]}
+            | of_two(row["human_ref_A"], row["human_ref_B"], 1 - 2 * number(row["labels"]))
+        ),
+    ),
+    "summaries and choice (Summarize-from-feedback)": ({"info", "summaries", "choice"}, summaries),
+    "preference_strength (HelpSteer2)": (
+        {"prompt", "response_1", "response_2", "preference_strength"},
+        helpsteer("prompt", "response_1", "response_2", "preference_strength"),
+    ),
+    "overall_preference (HelpSteer3)": (
+        {"context", "response1", "response2", "overall_preference"},
+        helpsteer("context", "response1", "response2", "overall_preference"),
+    ),
+    "conversations and winner (MT-Bench, arena)": (
+        {"conversation_a", "conversation_b", "winner"},
+        judged,
+    ),
+    "score_0 and score_1 (WebGPT)": (
+        {"question", "answer_0", "answer_1", "score_0", "score_1"},
+        webgpt,
+    ),
+    "answers by rank, best and worst (Nectar)": (
+        {"prompt", "answers"},
+        lambda row: (
+            {"prompt": row["prompt"]} | best_and_worst(row["answers"], "answer", "rank", sign=-1)
+        ),
+    ),
+    "answers by pm_score, best and worst (stack-exchange-preferences)": (
+        {"question", "answers"},
+        lambda row: (
+            {"question": row["question"]} | best_and_worst(row["answers"], "text", "pm_score")
+        ),
+    ),
+    "completions by overall_score, best and worst (UltraFeedback, original)": (
+        {"instruction", "completions"},
+        lambda row: (
+            {"instruction": row["instruction"]}
+            | best_and_worst(row["completions"], "response", "overall_score")
+        ),
+    ),
+    "two outputs (LLaMA-Factory's older ranking files)": (
+        {"instruction", "output"},
+        alpaca_outputs,
+    ),
+}
+
+
+def scored_against(row) -> str | None:
+    """What is odd in the scores that a row itself gives to its answers; None where nothing is."""
+    for better, worse in SCORES if isinstance(row, dict) else ():
+        scores = row.get(better), row.get(worse)
+        if all(isinstance(score, int | float) for score in scores):
+            if scores[0] < scores[1]:
+                return f"have a lower {better} than {worse}"
+            return f"have {better} and {worse} alike" if scores[0] == scores[1] else None
+    return None
