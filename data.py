@@ -487,7 +487,6 @@ def use_colour() -> bool:
 
 def main(argv=None):
     """Prints three pairs as they are trained on, and what train.py says of all of them."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it does other viewers
     parser = argparse.ArgumentParser(
         prog="data.py",
         usage=argparse.SUPPRESS,
@@ -515,4 +514,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends other viewers
     main()

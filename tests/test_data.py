@@ -757,6 +757,16 @@ def test_shown_tokens_are_the_text(shown):
     assert "\x1b" not in plain
 
 
+def test_a_character_of_several_tokens_is_shown_whole(tokenizer):
+    """Here of three tokens, one for each byte; also where a response begins or is cut within it."""
+    pair = encode_pair(tokenizer, row_of("中a中", "中 b", "x中"), 99, 99)
+    prompt, chosen, rejected = data.show(pair, tokenizer, colour=False).splitlines()[1::2]
+    assert prompt.replace("·", "") == "  <s> 中a中" and "·中·a·中" in prompt
+    assert chosen == "  中· ·b·</s>" and rejected == "  x·中·</s>"
+    cut = pair._replace(rejected=pair.rejected[:2])
+    assert data.show(cut, tokenizer, colour=False).endswith("x·\N{REPLACEMENT CHARACTER}")
+
+
 def test_colours_tell_context_from_what_is_made_likelier_and_less_likely(shown):
     *_, coloured = shown
     paints = [line.strip()[:5] for line in coloured.splitlines()[1::2]]
@@ -833,6 +843,20 @@ def test_data_py_prints_no_traceback(tiny_tokenizer, tmp_path):
     done = run(write_rows(tmp_path / "rows.jsonl", "{"), "--model", tiny_tokenizer)
     assert done.returncode == 2 and done.stdout == ""
     assert f"{tmp_path / 'rows.jsonl'}:1: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_data_py_ends_quietly_where_its_reader_does(tiny_tokenizer, tmp_path):
+    """As `python data.py ... | head -1` does."""
+    file = write_rows(tmp_path / "rows.jsonl", *[row("q" * 50_000, "a", "b")] * 3)
+    command = [sys.executable, "data.py", str(file), "--model", str(tiny_tokenizer)]
+    command += ["--max-length", "99999", "--max-prompt-length", "99999"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait()
 
 
 def test_data_py_helps(capsys):

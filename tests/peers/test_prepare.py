@@ -37,6 +37,43 @@ def test_parquet_in_ultrafeedback_s_form(tmp_path):
     assert set(json.loads(out.read_text().splitlines()[0])) == {"prompt", "chosen", "rejected"}
 
 
+def test_a_folder_of_save_to_disk_is_one_of_splits(tmp_path):
+    """Its arrow files, and not the three JSON files beside them; a key that only some messages have
+    is null in the others, and the dialogue may be stored as a list for each key."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    question, answer = (
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": "Hello."},
+    )
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "map"}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows = [{"prompt": [question], "chosen": [x], "rejected": [answer]} for x in (calls, calls)]
+    rows[0]["tools"], rows[1]["tools"] = None, [{"name": "look"}]
+    both = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+    both["test"] = datasets.Dataset.from_list(rows[:1])
+    both.save_to_disk(tmp_path / "saved")
+    words = [sys.executable, "-m", "tools.prepare", str(tmp_path / "saved"), "--out"]
+    out = tmp_path / "pairs.jsonl"
+    done = subprocess.run([*words, str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "2 pairs of 2 rows" in done.stdout and "/train/data-00000-of-00001.arrow" in done.stdout
+    first, second = data.load_preferences(out)
+    assert first.prompt == [question] and first.chosen == [calls] and first.tools is None
+    assert second.tools == [{"name": "look"}]
+    lists = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = {key: datasets.Sequence(lists) for key in ("chosen", "rejected")}
+    worse = [question, answer | {"content": "What?"}]
+    sides = {"chosen": [question, answer], "rejected": worse}
+    columns = {
+        side: {key: [m[key] for m in messages] for key in lists} for side, messages in sides.items()
+    }
+    made = datasets.Dataset.from_list([columns], features=datasets.Features(features))
+    made.save_to_disk(tmp_path / "alone")
+    words[-2] = str(tmp_path / "alone")
+    subprocess.run([*words, str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    (row,) = data.load_preferences(out)
+    assert (row.prompt, row.chosen) == ([question], [answer])
+
+
 def test_a_broken_parquet_file_is_named(tmp_path):
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     (tmp_path / "train.parquet").write_bytes(b"PAR1" + bytes(99) + b"PAR1")

@@ -350,6 +350,38 @@ def test_templates_render_as_in_transformers(tmp_path, template, place):
     assert_same_rendering(data.load_tokenizer(path), theirs(template))
 
 
+# In the manner of Qwen2.5's.
+TOOL_CALLS = (
+    "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content if m.content }}"
+    "{% for call in m.tool_calls %}"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "{% endfor %}{% if m.reasoning_content is defined %}{{ m.reasoning_content }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_tools_and_their_calls_render_as_in_transformers(tmp_path):
+    tiny.train_sentencepiece(tmp_path / "source")
+    tokenizer = data.load_tokenizer(
+        copy_with(tmp_path / "source", tmp_path / "copy", chat_template=TOOL_CALLS)
+    )
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"at": "é"}}}]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 'the "map"'}}}
+    messages = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Look."},
+        {"role": "tool", "name": "look", "content": "there"},
+    ]
+    rows = {"prompt": messages, "chosen": QUESTION, "rejected": QUESTION, "tools": tools}
+    rows |= {key: [{"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows))
+    (row,) = data.load_preferences(tmp_path / "rows.jsonl")
+    wanted = theirs(TOOL_CALLS).apply_chat_template(messages, tools=tools, tokenize=False)
+    assert tokenizer.apply_chat_template(row.prompt, tools=row.tools) == wanted
+    assert 'the \\"map\\"' in wanted and "Look." in wanted and '"look"' in wanted
+
+
 @pytest.mark.parametrize(
     "template",
     [
