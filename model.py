@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, Segments, attention, to_device
-from formats.families import config_values, write_config
+from formats.config import config_values, write_config
 from formats.files import read_json
 from formats.weights import read_weights, write_weights
 

@@ -75,7 +75,7 @@ from run.processes import (
     sum_over_processes,
     world_size,
 )
-from run.saving import Run, digest, finish, load_checkpoint, save_best, save_checkpoint
+from run.saving import Run, digest, finish, load_checkpoint, save_best, save_checkpoint, stop_ids
 
 # What runs in which dtype:
 #
@@ -239,8 +239,9 @@ def train(config: TrainConfig, out: Path | None) -> int:
     shown = [pair.prompt for pair in (eval_pairs or pairs)[:3]]
     before = answers(model, tokenizer, shown, 64)
     digests = {"data": digest(pairs), "eval_data": digest(eval_pairs)}
-    chat = any(pair.chat for pair in pairs)
-    run = Run(config, out, model, optimizer, tokenizer, chat, plan.n_steps, digests)
+    chat, plain = any(pair.chat for pair in pairs), not all(pair.chat for pair in pairs)
+    run = Run(config, out, model, optimizer, tokenizer, chat, plain, plan.n_steps, digests)
+    stop_ids(run)  # reads a file that saving needs: if it is broken, now is the time to say so
     start = load_checkpoint(run) if config.resume else 0
     begin_folder(out, start, config)
     log = Log(out, model, start, plan, config)

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attention
 import data
 import train
-from formats.families import config_json
+from formats.config import config_json
 from model import ModelConfig, Transformer
 from run.flags import TrainConfig
 from run.plan import peak_flops, step_flops

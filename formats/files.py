@@ -43,6 +43,11 @@ def optional_json(file: Path) -> dict:
     return read_json(file) if file.is_file() else {}
 
 
+def write_json(file: Path, value: dict):
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Yields a temporary file's path, which becomes `path` when it is written, and else is removed.

@@ -14,7 +14,6 @@ library does not offer. Every id is held to that library's in tests/peers/.
 """
 
 import datetime
-import json
 import re
 from collections.abc import Iterator
 from itertools import chain, groupby
@@ -30,7 +29,7 @@ from formats.chat_template import (
     read_template_file,
     render_chat_template,
 )
-from formats.files import optional_json, read_json
+from formats.files import optional_json, read_json, write_json
 from formats.words import (
     WHITE_SPACE,
     UnsupportedStep,
@@ -229,16 +228,46 @@ class Tokenizer:
                 named = [*others, {"name": "default", "template": template}]
             else:
                 named = template
-            text = json.dumps(config | {"chat_template": named}, indent=2, ensure_ascii=False)
-            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+            write_json(folder / "tokenizer_config.json", config | {"chat_template": named})
 
     def save_class(self, folder: Path):
-        """Has a folder of tokenizer files name a class by which transformers gets our ids."""
+        """Has a folder of tokenizer files name a class by which transformers gets our ids, and no
+        code of its own, which is not handed on."""
+        config = optional_json(folder / "tokenizer_config.json")
+        changed = {key: value for key, value in config.items() if key != "auto_map"}
         if self.class_elsewhere is not None:
-            config = optional_json(folder / "tokenizer_config.json")
-            config["tokenizer_class"] = self.class_elsewhere
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+            changed["tokenizer_class"] = self.class_elsewhere
+        if changed != config:
+            write_json(folder / "tokenizer_config.json", changed)
+
+    def save_bos(self, folder: Path):
+        """Has a folder of tokenizer files put BOS before a text, and nothing after it, as training
+        on strings does: for whoever reads tokenizer_config.json, and for whoever reads only
+        tokenizer.json."""
+        config = optional_json(folder / "tokenizer_config.json")
+        config |= {"add_bos_token": self.bos_id is not None, "add_eos_token": False}
+        write_json(folder / "tokenizer_config.json", config)
+        if (folder / "tokenizer.json").is_file():
+            steps = read_json(folder / "tokenizer.json")
+            steps["post_processor"] = self._post_processor()
+            write_json(folder / "tokenizer.json", steps)
+
+    def _post_processor(self) -> dict | None:
+        """In the form of the tokenizers library; None where there is no BOS."""
+        if self.bos_id is None:
+            return None
+        bos = self.special_tokens["bos_token"]
+        first, second = (
+            [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
+            for i, text in enumerate("AB")
+        )
+        token = {"id": bos, "ids": [self.bos_id], "tokens": [bos]}
+        return {
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": first + second,
+            "special_tokens": {bos: token},
+        }
 
     def turn_end(self) -> str:
         """What the chat template puts after an answer: EOS, or for instance <|im_end|>; "" where

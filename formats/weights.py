@@ -31,14 +31,19 @@ def read_weights(folder: Path, model_type: str, shapes: dict[str, torch.Size]):
     """Yields (our name, tensor) for each of our parameters, whose names and shapes are given.
 
     A tensor is a view of its file: copy it before taking the next. Raises FileNotFoundError, and
-    ValueError where a tensor is unknown, missing, or has another shape.
+    ValueError where a tensor is unknown, missing, or has another shape, or where a head is stored
+    that should be the embedding and is not.
     """
     family = FAMILIES[model_type]
-    expected = stored_names(family, shapes)
+    expected, tied = stored_names(family, shapes), {}
+    embedding = f"{family.modules.get('embed_tokens', 'embed_tokens')}.weight"
     for file, name, tensor in _checkpoint_tensors(folder):
         name = re.sub(r"^(model\.|transformer\.)?(decoder\.)?", "", name)
-        tied = name == "lm_head.weight" and name not in shapes
-        if tied or name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
+        if "lm_head.weight" not in shapes and name in ("lm_head.weight", embedding):
+            tied[name] = tensor
+        if name == "lm_head.weight" and name not in shapes:
+            continue
+        if name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
             continue
         if name not in expected:
             raise ValueError(f"{file}: tensor {name!r} is unknown here, or is there twice")
@@ -55,9 +60,18 @@ def read_weights(folder: Path, model_type: str, shapes: dict[str, torch.Size]):
                 f"config.json asks for shape {wanted}"
             )
         yield from zip(ours, tensor.split(rows), strict=True)
+    if len(tied) == 2 and not _equal(*tied.values()):
+        raise ValueError(
+            f"{folder}: config.json ties lm_head to the embedding, and the weights hold another "
+            'lm_head: set "tie_word_embeddings": false there, or remove that tensor'
+        )
     if expected:
         names = ", ".join([*expected][:5]) + (", ..." if len(expected) > 5 else "")
         raise ValueError(f"{folder}: {len(expected)} tensors are missing: {names}")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def write_weights(

@@ -22,8 +22,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from data import Pair
-from formats.families import write_config
-from formats.files import NotWritten, reason_of
+from formats.config import write_config
+from formats.files import NotWritten, optional_json, reason_of, write_json
 from model import Transformer
 from run.flags import TrainConfig, refuse_other_settings, settings_of
 from run.folder import FINISHED, checkpoints, read_best, replaced
@@ -39,7 +39,8 @@ class Run(NamedTuple):
     model: Transformer
     optimizer: torch.optim.Optimizer
     tokenizer: object
-    chat: bool  # trained on messages, by the chat template
+    chat: bool  # some pairs were messages, and went through the chat template
+    plain: bool  # some pairs were strings
     n_steps: int
     digests: dict[str, str]  # of the pairs of --data and --eval-data
 
@@ -214,12 +215,27 @@ def write_model_files(folder: Path, run: Run):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     run.tokenizer.save_class(folder)
-    # Trained on messages: whoever chats needs the template, and BOS in front of it.
+    # Whoever serves the model by its own files is to get the ids that it was trained on: for
+    # messages by the chat template, with BOS in front of it, and for strings by the tokenizer.
     if run.chat:
         run.tokenizer.save_chat_template(folder)
-    if not (folder / "generation_config.json").exists():  # so that generation stops at EOS
-        ids = {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    if run.plain:
+        run.tokenizer.save_bos(folder)
+    if stops := stop_ids(run):
+        ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops}
+        known = optional_json(folder / "generation_config.json")
+        known = known or {"bos_token_id": run.tokenizer.bos_id}
+        write_json(folder / "generation_config.json", known | ends)
+        write_json(folder / "config.json", optional_json(folder / "config.json") | ends)
+
+
+def stop_ids(run: Run) -> list[int]:
+    """The tokens that end an answer: first the one that was trained, then those that the base model
+    names, which may have several. Raises ValueError where its file is broken."""
+    named = optional_json(Path(run.config.model) / "generation_config.json").get("eos_token_id")
+    named = run.model.config.source.get("eos_token_id") if named is None else named
+    named = named if isinstance(named, list) else [named]
+    return [i for i in dict.fromkeys([run.tokenizer.eos_id, *named]) if isinstance(i, int)]
 
 
 def save_model(run: Run, folder: Path, row: dict | None = None):

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from formats.families import FAMILIES, write_config
+from formats.config import write_config
+from formats.families import FAMILIES
 from model import Transformer
 from run.saving import save_state
 from tests.runs import file_bytes

@@ -300,7 +300,8 @@ def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_toke
     config = train.TrainConfig(model=str(base), lora_rank=3, lora_alpha=8.0, dtype="bfloat16")
     model = adapted(3, Transformer.from_pretrained(base, dtype=dtype))
     optimizer, tokenizer = train.make_optimizer(model, config), data.load_tokenizer(tiny_tokenizer)
-    a_run = Run(config, tmp_path, model, optimizer, tokenizer, chat=False, n_steps=2, digests={})
+    about = {"chat": False, "plain": True, "n_steps": 2, "digests": {}}
+    a_run = Run(config, tmp_path, model, optimizer, tokenizer, **about)
     save_model(a_run, tmp_path / "model")
     save_checkpoint(a_run, 1)
     export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")

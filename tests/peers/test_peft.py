@@ -29,7 +29,7 @@ def test_peft_adds_what_we_merge(name, tmp_path):
     torch.manual_seed(1)
     for module in lora_layers(model).values():
         torch.nn.init.normal_(module.lora_B, std=0.2)
-    a_run = Run(config, tmp_path, model, None, None, chat=False, n_steps=1, digests={})
+    a_run = Run(config, tmp_path, model, None, None, chat=False, plain=True, n_steps=1, digests={})
     save_adapters(a_run, tmp_path / "adapters")
     merge_lora(model, Transformer.from_pretrained(base)).save_pretrained(tmp_path / "merged")
 
