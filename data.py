@@ -29,7 +29,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +37,7 @@ from torch import Tensor
 
 from attention import Segments, to_device
 from formats.chat_template import left_out, name_of_tool
+from formats.files import model_folder
 from formats.rows import Preference, load_preferences, warnings_of
 from formats.tokenizer import load_tokenizer
 from model import ModelConfig
@@ -499,8 +499,9 @@ def main(argv=None):
     parser.add_argument("--max-prompt-length", type=int, default=1792, help="tokens (1792)")
     args = parser.parse_args(argv)
     try:
-        tokenizer = load_tokenizer(args.model, args.chat_template)
-        length, settings = args.max_length, Path(args.model) / "config.json"
+        folder = model_folder(args.model)
+        tokenizer = load_tokenizer(folder, args.chat_template)
+        length, settings = args.max_length, folder / "config.json"
         if settings.is_file():
             length = min(length, ModelConfig.from_json(settings).max_seq_len)
         rows = load_preferences(args.file)

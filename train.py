@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import data
 from data import Batch, Pair, step_pairs
+from formats.files import model_folder
 from formats.weights import full_tensor
 from model import ModelConfig, Transformer, trainable
 from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
@@ -324,11 +325,8 @@ def load_inputs(config: TrainConfig):
         tokenizer.date = date.fromisoformat(config.date)
     if tokenizer.writes_date:
         tell("date", f"{config.date or 'today'}, by the chat template; --date sets another one")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{config.model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
-            f"the embedding only {model.config.vocab_size} rows"
-        )
+    if beyond := tokenizer.tokens_from(model.config.vocab_size):
+        tell("tokens", f"{beyond}: beyond the embedding's {model.config.vocab_size} rows")
     trains = not config.eval_only
     train_rows = data.load_preferences(config.data) if trains or not config.eval_data else []
     eval_rows = data.load_preferences(config.eval_data) if config.eval_data else []
@@ -337,7 +335,22 @@ def load_inputs(config: TrainConfig):
         if not train_rows:
             raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
     pairs = load_pairs("train", train_rows, tokenizer, config) if trains else []
-    return model, tokenizer, pairs, load_pairs("eval", eval_rows, tokenizer, config)
+    eval_pairs = load_pairs("eval", eval_rows, tokenizer, config)
+    refuse_beyond(pairs + eval_pairs, tokenizer, model)
+    return model, tokenizer, pairs, eval_pairs
+
+
+def refuse_beyond(pairs: list[Pair], tokenizer, model: Transformer):
+    """Raises ValueError with the first row that has a token which the embedding lacks."""
+    n = model.config.vocab_size
+    for pair in pairs if tokenizer.vocab_size > n else ():
+        for ids in pair[:3]:
+            if ids.max() >= n:
+                token, i = tokenizer.decode([ids.max()]), ids.max()
+                raise ValueError(
+                    f"{pair.where}: has the token {token!r}, {i}, and the embedding ends with "
+                    f"{n - 1}: this tokenizer is not the model's"
+                )
 
 
 def load_model(config: TrainConfig) -> Transformer:
@@ -431,6 +444,7 @@ def rows_not_finite(model: Transformer, pairs: list[Pair], step: int, config: Tr
 def run_command(config: TrainConfig) -> int:
     """What the flags ask for: an evaluation, or a training run; its exit status."""
     pick_device(config)
+    config.model = str(model_folder(config.model))
     context = ModelConfig.from_json(Path(config.model) / "config.json").max_seq_len
     config.max_length = min(config.max_length, context)
     config.date = date_of_run(config)

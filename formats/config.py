@@ -83,16 +83,15 @@ def rope_of(source: dict) -> dict:
             if source["model_type"] == "phi3" and rope_type == "su":  # its name in the first files
                 rope_type = "longrope"
             found[key] = {k: v for k, v in rope.items() if k != "type"} | {"rope_type": rope_type}
-    ropes = [{k: v for k, v in rope.items() if k != "rope_theta"} for rope in found.values()]
-    if len(ropes) == 2 and ropes[0] != ropes[1]:
-        raise ValueError(
-            f"rope_scaling {source['rope_scaling']!r:.100} and rope_parameters "
-            f"{source['rope_parameters']!r:.100} differ: remove the one that the model was not "
-            "trained with"
-        )
-    rope = (
-        {"rope_type": "default"} | found.get("rope_scaling", {}) | found.get("rope_parameters", {})
-    )
+    rope = {"rope_type": "default"} | found.get("rope_scaling", {})
+    for key, value in found.get("rope_parameters", {}).items():
+        if "rope_scaling" in found and rope.setdefault(key, value) != value:
+            raise ValueError(
+                f"rope_scaling {source['rope_scaling']!r:.90} and rope_parameters "
+                f"{source['rope_parameters']!r:.90} differ in {key}: remove the one that the model "
+                "was not trained with"
+            )
+        rope[key] = value
     theta = source.get("rope_theta")
     if theta is not None and rope.setdefault("rope_theta", theta) != theta:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Single files: a JSON object that is read, and a file that is written whole or not at all.
+"""Single files and model folders: a JSON object that is read, a file that is written whole or not
+at all, and where the model is that somebody names.
 
 Here, apart from any one format, because every other file of this folder needs them.
 """
@@ -6,6 +7,7 @@ Here, apart from any one format, because every other file of this folder needs t
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 
@@ -62,3 +64,34 @@ def whole_file(path):
         raise NotWritten(path, reason_of(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def model_folder(name) -> Path:
+    """The folder of a model: a path, or a model's name on the Hugging Face hub (ORG/NAME), where it
+    is in the cache of that on this machine already; nothing is downloaded. Raises FileNotFoundError
+    or ValueError that says what to do."""
+    path = Path(name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            base = optional_json(path / "adapter_config.json").get("base_model_name_or_path")
+            has_model = (path / "config.json").is_file()
+            what = "an adapter beside the model" if has_model else "an adapter, and no model"
+            raise ValueError(
+                f"{path}: holds {what} (adapter_config.json, for {base}): merge it first, with "
+                "peft's merge_and_unload and save_pretrained, or move the adapter's files away"
+            )
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path  # whoever reads it says what is missing
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    model = cache / f"models--{str(name).replace('/', '--')}"
+    newest = model / "refs" / "main"
+    snapshot = model / "snapshots" / (newest.read_text().strip() if newest.is_file() else "none")
+    if (snapshot / "config.json").is_file():
+        return snapshot
+    raise FileNotFoundError(
+        f"{name}: no such folder, and no such model in the hub's cache {cache}; download it: "
+        f"hf download {name} --local-dir {path.name}, and then name the folder {path.name}"
+    )

@@ -164,6 +164,12 @@ class Tokenizer:
         self.text_of_added = {int(token["id"]): text for text, token in added.items()}
         self.added = self.find_added([*added.values()])
 
+    def tokens_from(self, n: int) -> str:
+        """The tokens whose ids are n or above, as a text for people; "" where there are none."""
+        named = [f"{text!r} {i}" for i, text in sorted(self.text_of_added.items()) if i >= n]
+        others = max(0, self.vocab_size - n - len(named[:5]))  # more of them, or other pieces
+        return ", ".join(named[:5] + ([f"{others} more"] if others else []))
+
     def find_added(self, tokens: list[dict]) -> AddedTokens:
         """Those that are looked for in the text as it is written."""
         return AddedTokens(tokens)
@@ -391,6 +397,13 @@ class BPETokenizer(Tokenizer):
         # spaces changes nothing, and words that occur again can be cached.
         inside = any("▁" in (a + b).lstrip("▁") for a, b in self.model.ranks)
         self.resplit = not (over_bytes or self.model.ignore_merges or inside)
+
+    def tokens_from(self, n: int) -> str:
+        """The tokens whose ids are n or above, as a text for people; "" where there are none."""
+        named = [f"{text!r} {i}" for i, text in sorted(self.text_of_added.items()) if i >= n]
+        more = self.vocab_size - n - len(named)  # pieces, and ids that nothing has
+        named = named[:5] + [f"{len(named) - 5 + more} more"] * (len(named) > 5 or more > 0)
+        return ", ".join(named) if self.vocab_size > n else ""
 
     def find_added(self, tokens: list[dict]) -> AddedTokens:
         """Without those that are looked for in the normalized text, as they are normalized."""

@@ -155,7 +155,7 @@ CASES = {  # what: (how it is broken, flags more, words of the complaint)
     "no tokenizer": (removes("model/tokenizer.model"), [], ["needs tokenizer.json, vocab.json"]),
     "tokenizer empty": (writes("model/tokenizer.model", ""), [], ["not a sentencepiece model"]),
     "WordPiece": (word_piece, [], ["tokenizer.json: a model of type", "WordPiece", "supported"]),
-    "tokenizer larger": (small_embedding, [], ["ids up to 399", "100 rows"]),
+    "tokenizer larger": (small_embedding, [], ["rows.jsonl:1: has the token", "ends with 99"]),
     "template broken": (broken_template, [], ["rows.jsonl:1", "the chat template fails"]),
     "--chat-template missing": (nothing, ["--chat-template", "no.jinja"], ["no.jinja"]),
     "--chat-template a folder": (nothing, ["--chat-template", "model"], ["model"]),

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from formats.files import model_folder
 from model import Transformer
 from run.answers import answers
 
@@ -159,6 +160,7 @@ def main():
     args = parse()
     try:
         dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+        args.model = model_folder(args.model)
         model = Transformer.from_pretrained(args.model, args.device, dtype)
         tokenizer = data.load_tokenizer(args.model)
         rows = read_questions(args.file) if args.file else []
