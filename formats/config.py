@@ -179,7 +179,7 @@ def config_json(config) -> dict:
     rope_type = rope.get("rope_type", "default")
     if rope_type != "default":  # for transformers 4, which does not know rope_parameters
         numbers = ROPE_NUMBERS.get(rope_type, ("short_factor", "long_factor"))
-        name = "rope_type" if rope_type in ROPE_NUMBERS else "type"  # as its Phi-3 wants it
+        name = "rope_type" if rope_type == "llama3" else "type"  # as it checks for each
         kept["rope_scaling"] = {name: rope_type} | {key: rope[key] for key in numbers}
     return kept | known | {"architectures": [family.architecture], "model_type": config.family}
 

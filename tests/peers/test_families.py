@@ -278,23 +278,30 @@ def test_keys_that_a_config_leaves_out_mean_what_they_mean_there(name, tmp_path)
     same(Transformer.from_pretrained(tmp_path)(TOKENS), logits_of(model))
 
 
-@pytest.mark.parametrize("family", ["Gemma", "Olmo2", "SmolLM3"])
-def test_every_default_of_a_config_is_theirs(family, tmp_path):
-    """A config.json with only the sizes that must be there."""
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma", "Olmo2", "SmolLM3"]
+)
+@pytest.mark.parametrize("more", [{}, {"use_sliding_window": True, "sliding_window": 7}])
+def test_every_default_of_a_config_is_theirs(family, more, tmp_path):
+    """A config.json with only the sizes that must be there, and Qwen's switch of its windows."""
     sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
-    sizes |= {"num_hidden_layers": 9, "num_attention_heads": 16, "hidden_size": 64}
+    sizes |= {"num_hidden_layers": 30, "num_attention_heads": 32, "hidden_size": 128} | more
     theirs = getattr(transformers, f"{family}Config")(**sizes)
     about = json.dumps(sizes | {"model_type": theirs.model_type})
     (tmp_path / "config.json").write_text(about)
     ours = ModelConfig.from_json(tmp_path / "config.json")
-    head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.n_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
     assert (ours.norm_eps, ours.activation) == (theirs.rms_norm_eps, theirs.hidden_act)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.max_seq_len == theirs.max_position_embeddings
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.rope_layers == getattr(theirs, "no_rope_layers", [1] * 9)
-    assert ours.windows == [None] * 9 and not ours.qkv_bias and not ours.mlp_bias
+    assert ours.rope_layers == getattr(theirs, "no_rope_layers", None) or [1] * 30
+    windows = family in ("Mistral", "Qwen2", "Qwen3", "Phi3", "SmolLM3")
+    size = theirs.sliding_window if windows else None
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 30
+    assert ours.windows == [size if kind == "sliding_attention" else None for kind in kinds]
+    assert ours.qkv_bias == (family == "Qwen2") and not ours.mlp_bias
 
 
 def test_gemma_in_bfloat16_is_theirs(tmp_path):

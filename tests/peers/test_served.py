@@ -1,0 +1,141 @@
+"""Whoever follows OUT/model's own files gets the ids that were trained: transformers for strings
+and for messages, the tokenizers library from tokenizer.json by itself.
+
+With another transformers (4.57.1 was tried):
+
+    PYTHONPATH=FOLDER python -m pytest tests/peers/test_served.py
+"""
+
+import json
+import shutil
+
+import pytest
+
+import data
+import train
+from model import ModelConfig, Transformer
+from run.saving import Run, write_model_files
+from tests.tokenizer_json import LEVEL, byte_level
+
+from . import tiny
+from .test_tokenizer import TEMPLATES
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+TEXTS = ["What does Anna like?", " a", "", "a  b\nc", "</s> closes", "naïve 1000"]
+QUESTION = [{"role": "user", "content": "What does Anna like?"}]
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+def of_bytes(folder, bos, eos, post_processor=None, **config):
+    """Byte-level, in tokenizer.json."""
+    texts = dict.fromkeys(text for text in (bos, eos) if text)
+    added = [{"content": text, "special": True} | FLAGS for text in texts]
+    level = LEVEL | {"trim_offsets": True}
+    spec = byte_level(["W h", "Wh a", "a t", "Ġ l"], added, pre_tokenizer=level, decoder=level)
+    spec["post_processor"] = post_processor or level
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config |= {"bos_token": bos, "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return spec
+
+
+def gpt2(folder):
+    of_bytes(folder, "<|endoftext|>", "<|endoftext|>", tokenizer_class="GPT2Tokenizer")
+
+
+def vocab_and_merges(folder):
+    spec = of_bytes(folder, "<|endoftext|>", "<|endoftext|>", tokenizer_class="GPT2Tokenizer")
+    vocab = spec["model"]["vocab"] | {t["content"]: t["id"] for t in spec["added_tokens"]}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "tokenizer.json").unlink()
+
+
+def llama3(folder):
+    """Its post-processor writes BOS already."""
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    other = {"Sequence": {"id": "B", "type_id": 1}}
+    post = {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text, other]}
+    of_bytes(folder, "<s>", "</s>", tokenizer_class="PreTrainedTokenizerFast")
+    file = folder / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    (i,) = (t["id"] for t in spec["added_tokens"] if t["content"] == "<s>")
+    post["special_tokens"] = {"<s>": {"id": "<s>", "ids": [i], "tokens": ["<s>"]}}
+    file.write_text(json.dumps(spec | {"post_processor": post}))
+
+
+def qwen(folder):
+    of_bytes(folder, None, "</s>", tokenizer_class="Qwen2Tokenizer")
+
+
+def adds_eos(folder):
+    of_bytes(folder, "<s>", "</s>", tokenizer_class="PreTrainedTokenizerFast", add_eos_token=True)
+
+
+def llama2(folder):
+    tiny.train_sentencepiece(folder)
+
+
+def yi(folder):
+    llama2(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
+
+
+def phi3(folder):
+    """As Llama 2's, in tokenizer.json, and without BOS."""
+    yi(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')  # transformers 4 asks for it
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
+
+
+KINDS = [gpt2, vocab_and_merges, llama3, qwen, adds_eos, llama2, yi, phi3]
+
+
+def served(base, out, chat: bool, plain: bool):
+    """What a run leaves beside the weights."""
+    tokenizer = data.load_tokenizer(base)
+    size = tokenizer.vocab_size + -tokenizer.vocab_size % 8
+    model = Transformer(ModelConfig(size, 8, 1, 2, 8))
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    a_run = Run(train.TrainConfig(model=str(base)), out, model, None, tokenizer, chat, plain, 1, {})
+    write_model_files(out, a_run)
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(out)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_strings_get_the_ids_that_were_trained(kind, tmp_path):
+    kind(tmp_path / "base")
+    ours, theirs = served(tmp_path / "base", tmp_path / "out", chat=False, plain=True)
+    alone = tmp_path / "out" / "tokenizer.json"
+    library = tokenizers.Tokenizer.from_file(str(alone)) if alone.is_file() else None
+    for text in TEXTS:
+        if text.startswith(" ") and kind in (llama2, yi):
+            continue  # transformers 5 leaves out a mark there that sentencepiece writes
+        wanted = data.encode_prompt(ours, text)
+        assert theirs(text)["input_ids"] == wanted, text
+        assert library is None or library.encode(text).ids == wanted, text
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["messages", "both"])
+@pytest.mark.parametrize("template", ["zephyr", "llama2"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_messages_get_bos_once_also_where_strings_were_trained(kind, template, plain, tmp_path):
+    kind(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(TEMPLATES[template])
+    ours, theirs = served(tmp_path / "base", tmp_path / "out", chat=True, plain=plain)
+    if template == "llama2" and ours.bos_id is None:
+        pytest.skip("this template writes BOS, and this tokenizer has none")
+    text = ours.apply_chat_template(QUESTION, add_generation_prompt=True)
+    wanted = data.encode_prompt(ours, text, chat=True)
+    more = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    assert list(theirs.apply_chat_template(QUESTION, **more)) == wanted
+    assert ours.bos_id is None or (wanted[0] == ours.bos_id != wanted[1])
