@@ -263,15 +263,13 @@ class Tokenizer:
         if self.bos_id is None:
             return None
         bos = self.special_tokens["bos_token"]
-        first, second = (
-            [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
-            for i, text in enumerate("AB")
-        )
+        begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+        text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         token = {"id": bos, "ids": [self.bos_id], "tokens": [bos]}
         return {
             "type": "TemplateProcessing",
-            "single": first,
-            "pair": first + second,
+            "single": [begin, text],
+            "pair": [begin, text, other],
             "special_tokens": {bos: token},
         }
 
@@ -356,9 +354,9 @@ class BPETokenizer(Tokenizer):
     post_processor is not used: encode_prompt of data.py says where BOS goes."""
 
     def __init__(self, file: Path, config: dict, spec: dict):
-        self._set_steps(config, spec)
         # GPT-2's tokenizer_config.json names no special tokens, but the model's has their ids.
         ids = optional_json(file.parent / "config.json")
+        self._set_steps(config, spec, ids.get("model_type"))
         defaults = {name: ids.get(f"{name}_id") for name in ("bos_token", "eos_token")}
         vocab = self.model.vocab
         super().__init__(file, config, vocab, spec.get("added_tokens") or [], defaults)
@@ -367,7 +365,7 @@ class BPETokenizer(Tokenizer):
             self.model.pieces |= self.text_of_added | normalized
             self.text_of_added = {}
 
-    def _set_steps(self, config: dict, spec: dict):
+    def _set_steps(self, config: dict, spec: dict, model_type: str | None):
         """Sets what happens to a text before the merges, the model, and whether decoding removes
         the space in front."""
         parts = ("normalizer", "pre_tokenizer", "decoder")
@@ -383,10 +381,12 @@ class BPETokenizer(Tokenizer):
         if over_bytes and pre_tokenizer[-1]["type"] != "ByteLevel":
             raise UnsupportedStep("a pre_tokenizer with a step after ByteLevel")
         self.strips = bool({"Strip", "Metaspace"} & {*kinds})
-        # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says.
-        self.llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-        anew = self.llama and not over_bytes
-        self.inside = Where.INSIDE if config.get("legacy", not anew) else Where.CONTINUES
+        # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says, except for
+        # models whose tokenizer.json it reads as it is.
+        llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        self.anew = llama and not over_bytes and model_type not in READ_AS_THEY_ARE
+        as_it_is = config.get("legacy", False) if self.anew else True
+        self.inside = Where.INSIDE if as_it_is else Where.CONTINUES
         self.class_elsewhere = class_elsewhere(config, normalizer, pre_tokenizer)
         asked = config.get("add_prefix_space")
         if asked is not None:
@@ -398,18 +398,11 @@ class BPETokenizer(Tokenizer):
         inside = any("▁" in (a + b).lstrip("▁") for a, b in self.model.ranks)
         self.resplit = not (over_bytes or self.model.ignore_merges or inside)
 
-    def tokens_from(self, n: int) -> str:
-        """The tokens whose ids are n or above, as a text for people; "" where there are none."""
-        named = [f"{text!r} {i}" for i, text in sorted(self.text_of_added.items()) if i >= n]
-        more = self.vocab_size - n - len(named)  # pieces, and ids that nothing has
-        named = named[:5] + [f"{len(named) - 5 + more} more"] * (len(named) > 5 or more > 0)
-        return ", ".join(named) if self.vocab_size > n else ""
-
     def find_added(self, tokens: list[dict]) -> AddedTokens:
         """Without those that are looked for in the normalized text, as they are normalized."""
         raw, normalized = [], []
         for token in tokens:
-            if token.get("normalized") and not self.llama:
+            if token.get("normalized") and not self.anew:
                 content = self.normalize(token["content"], Where.INSIDE)
                 normalized.append(token | {"content": content})
             else:
@@ -437,6 +430,7 @@ class BPETokenizer(Tokenizer):
         return text.removeprefix(" ") if at_start and self.strips else text
 
 
+READ_AS_THEY_ARE = ("mistral", "phi3", "olmo2")  # tokenizers of these models, by transformers 5
 SPACES_AND_WORD = re.compile("▁*[^▁]+|▁+").findall
 
 

@@ -1,5 +1,6 @@
 """Whoever follows OUT/model's own files gets the ids that were trained: transformers for strings
-and for messages, the tokenizers library from tokenizer.json by itself.
+and for messages, the tokenizers library from tokenizer.json by itself; and its greedy answers are
+ours, token for token, for each family with a tokenizer of its own structure.
 
 With another transformers (4.57.1 was tried):
 
@@ -10,15 +11,18 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import data
 import train
 from model import ModelConfig, Transformer
 from run.saving import Run, write_model_files
-from tests.tokenizer_json import LEVEL, byte_level
+from tests.tokenizer_json import byte_level
 
 from . import tiny
+from .test_families import FAMILIES, SUFFIX
 from .test_tokenizer import TEMPLATES
+from .test_tokenizer_structures import LEVEL, OVER_BYTES, OVER_CHARACTERS, write
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -32,9 +36,8 @@ def of_bytes(folder, bos, eos, post_processor=None, **config):
     """Byte-level, in tokenizer.json."""
     texts = dict.fromkeys(text for text in (bos, eos) if text)
     added = [{"content": text, "special": True} | FLAGS for text in texts]
-    level = LEVEL | {"trim_offsets": True}
-    spec = byte_level(["W h", "Wh a", "a t", "Ġ l"], added, pre_tokenizer=level, decoder=level)
-    spec["post_processor"] = post_processor or level
+    spec = byte_level(["W h", "Wh a", "a t", "Ġ l"], added, pre_tokenizer=LEVEL, decoder=LEVEL)
+    spec["post_processor"] = post_processor or LEVEL
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     config |= {"bos_token": bos, "eos_token": eos}
@@ -139,3 +142,80 @@ def test_messages_get_bos_once_also_where_strings_were_trained(kind, template, p
     more = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     assert list(theirs.apply_chat_template(QUESTION, **more)) == wanted
     assert ours.bos_id is None or (wanted[0] == ours.bos_id != wanted[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole runs.
+
+OWN = {  # family: the structure of its tokenizer, the class that its folder names, BOS
+    "llama": ("Llama 2", "LlamaTokenizer", "<s>"),
+    "llama3 rope": ("Llama 3", "PreTrainedTokenizerFast", "<s>"),
+    "mistral": ("Llama 2", "LlamaTokenizer", "<s>"),
+    "mistral, window": ("Mistral-Nemo", "PreTrainedTokenizerFast", "<s>"),
+    "qwen2": ("Qwen2", "Qwen2Tokenizer", None),
+    "qwen3": ("Qwen2", "Qwen2Tokenizer", None),
+    "phi3": ("Phi-3 by transformers 5", "LlamaTokenizer", "<s>"),
+    "phi": ("GPT-2, OPT, Phi-2", "GPT2Tokenizer", "<|both|>"),
+    "gpt2": ("GPT-2, OPT, Phi-2", "GPT2Tokenizer", "<|both|>"),
+    "opt": ("GPT-2, OPT, Phi-2", "GPT2Tokenizer", "<|both|>"),
+    "gemma": ("Gemma", "GemmaTokenizer", "<s>"),
+    "olmo2": ("GPT-4's own", "GPT2Tokenizer", None),
+    "smollm3": ("SmolLM2", "GPT2Tokenizer", "<s>"),
+}
+ASKED, SAID, OTHER = "The quick brown fox", "lazy dogs, isn't it?", "naïve café"
+CHAT = (
+    "{% for m in messages %}<|user|>{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("form", ["strings", "messages"])
+@pytest.mark.parametrize("name", OWN)
+def test_a_trained_model_answers_there_as_here(name, form, tmp_path):
+    base, (structure, kind, bos) = tmp_path / "base", OWN[name]
+    base.mkdir()
+    if over_bytes := structure in OVER_BYTES:
+        parts = (*OVER_BYTES[structure], LEVEL | {"add_prefix_space": True})
+    else:
+        parts = OVER_CHARACTERS[structure]
+    write(base, *parts, over_bytes)
+    config = {"tokenizer_class": kind, "bos_token": bos, "eos_token": "</s>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
+    n = data.load_tokenizer(base).vocab_size
+    family, settings = FAMILIES[name]
+    torch.manual_seed(0)
+    settings = settings | {"vocab_size": n, "pad_token_id": None, "eos_token_id": 7}
+    model = getattr(transformers, family + SUFFIX.get(family, "ForCausalLM"))(
+        getattr(transformers, f"{family}Config")(**settings)
+    )
+    model.save_pretrained(base)
+    row = {"prompt": ASKED, "chosen": " " + SAID, "rejected": " " + OTHER}
+    if form == "messages":
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        row = {key: [{"role": roles[key], "content": x.strip()}] for key, x in row.items()}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--max-steps", "60", "--batch-size", "1", "--lr", "5e-3", "--device", "cpu"]
+    flags += ["--save-every", "0"]
+    files = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
+    train.main(["--model", str(base), *files, *flags])
+
+    out = tmp_path / "out" / "model"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(out), data.load_tokenizer(out)
+    if form == "messages":
+        more = {"add_generation_prompt": True, "return_dict": False}
+        ids = list(tokenizer.apply_chat_template(row["prompt"], **more))
+        text = ours.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        assert data.encode_prompt(ours, text, chat=True) == ids
+    else:
+        ids = tokenizer(ASKED)["input_ids"]
+        assert data.encode_prompt(ours, ASKED) == ids
+    answer = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
+    answer = answer[0, len(ids) :].tolist()
+    here = Transformer.from_pretrained(out).generate([ids], 40, eos_id=ours.eos_id)
+    assert here == [answer] and answer[-1] == ours.eos_id  # it stopped by its generation_config
+    assert ours.decode(answer).strip().startswith(SAID)
+    if form == "strings":
+        pipeline = transformers.pipeline("text-generation", model=theirs, tokenizer=tokenizer)
+        (said,) = pipeline(ASKED, max_new_tokens=40, do_sample=False, return_full_text=False)
+        assert said["generated_text"].strip() == SAID
