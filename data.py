@@ -36,8 +36,9 @@ import torch
 from torch import Tensor
 
 from attention import Segments, to_device
-from formats.chat_template import left_out, name_of_tool
+from formats.chat_template import left_out, where_they_part
 from formats.files import model_folder
+from formats.messages import says
 from formats.rows import Preference, load_preferences, warnings_of
 from formats.tokenizer import load_tokenizer
 from model import ModelConfig
@@ -107,7 +108,7 @@ def texts_of(tokenizer, row: Preference) -> Texts:
     missing = left_out(row.prompt, prompt)
     if missing and len(missing) == len(left_out(row.prompt, "")):
         raise ValueError(NO_PROMPT)
-    if any(name not in prompt for name in map(name_of_tool, row.tools or ())):
+    if row.tools and left_out([{"role": "", "tools": row.tools}], prompt):
         missing.append("tools")
     for answer, text in zip((row.chosen, row.rejected), responses, strict=True):
         missing += left_out(answer, text)
@@ -134,7 +135,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     prompt = encode_prompt(tokenizer, texts.prompt, chat)
     # We judge emptiness by what the answer says, as a template writes something around nothing.
     answers = (row.chosen, row.rejected)
-    said = [bool(left_out(x, "") if chat else x.strip()) for x in answers]
+    said = [says(x[0]) if chat else bool(x.strip()) for x in answers]
     (chosen, had_bos), (rejected, had_bos_too) = (
         encode_response(tokenizer, x) for x in texts.responses
     )
@@ -200,17 +201,6 @@ class Dropped(Counter):
         return ", ".join(reasons + [f"{others} for other reasons"] * bool(others)) or "none"
 
 
-def where_they_part(prompt: str, *answered: str) -> str:
-    """Where a dialogue stops being what its prompt begins, and what can be done."""
-    text = next(text for text in answered if not text.startswith(prompt))
-    n = len(os.path.commonprefix([prompt, text]))
-    same = prompt[max(0, n - 20) : n]
-    return (
-        f"where after {same!r} the prompt has {prompt[n : n + 20]!r} and the dialogue has "
-        f"{text[n : n + 20]!r}; name a template without this difference with --chat-template"
-    )
-
-
 def encode_pairs(
     tokenizer, rows: list[Preference], max_length: int, max_prompt_length: int, progress=iter
 ) -> tuple[list[Pair], Dropped]:
@@ -229,6 +219,17 @@ def encode_pairs(
     if rows and not pairs:
         raise ValueError(f"{rows[0].file}: no pairs left of {len(rows)} rows: {dropped}")
     return pairs, dropped
+
+
+def refuse_beyond(pairs: list[Pair], tokenizer, vocab_size: int):
+    """Raises ValueError with the first row that has a token which the embedding lacks."""
+    for pair in pairs if tokenizer.vocab_size > vocab_size else ():
+        i = max(int(ids.max()) for ids in pair[:3])
+        if i >= vocab_size:
+            raise ValueError(
+                f"{pair.where}: has the token {tokenizer.decode([i])!r}, {i}, and the embedding "
+                f"ends with {vocab_size - 1}: this tokenizer is not the model's"
+            )
 
 
 def summary(rows: list[Preference], pairs: list[Pair], dropped: Dropped, max_length: int):

@@ -7,12 +7,12 @@
   the same run again after an interruption, on any number of GPUs:
     python train.py ... --resume
   the eight GPUs of one machine, each of which keeps an eighth of the model:
-    torchrun --nproc-per-node 8 train.py ... --shard
+    torchrun --shutdown-timeout 600 --nproc-per-node 8 train.py ... --shard
   two machines of eight GPUs that share a file system; on both, HOST being the name of the first:
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-      train.py ... --shard
+    torchrun --shutdown-timeout 600 --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
+      --rdzv-endpoint HOST:29500 train.py ... --shard
   the evaluation of a finished run, as one JSON object:
-    python train.py --config OUT/config.json --model OUT/model --eval-only
+    python train.py --config OUT/run.json --model OUT/model --eval-only
 """
 
 import contextlib
@@ -25,9 +25,10 @@ import sys
 from datetime import date
 from pathlib import Path
 
-# Both are read when memory is first allocated, so they are set before torch is imported. On a CPU
-# large tensors then lie in huge pages; on a GPU blocks of memory can grow, so that micro-batches of
-# ever new sizes leave no gaps between them.
+# Read when torch is imported or first allocates. On a CPU large tensors then lie in huge pages, and
+# threads that wait for each other sleep after a moment: without that, other work on the machine
+# makes a step many times slower. On a GPU blocks of memory can grow, so that sizes leave no gaps.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -49,6 +50,7 @@ from run.folder import (
     claim_folder,
     date_of_run,
     holds_run,
+    is_evaluated,
     is_finished,
     print_best,
     print_changes,
@@ -64,10 +66,13 @@ from run.plan import (
     peak_memory_gb,
     tell,
     tell_model,
+    tell_overlap,
 )
+from run.printing import steady_streams
 from run.processes import (
+    Stopped,
+    check_stopped,
     is_of_peers,
-    max_over_processes,
     pick_device,
     rank,
     reshard,
@@ -211,18 +216,24 @@ def metrics_of(outputs: list[ORPOOutput], lam: float, n_pairs: int) -> dict[str,
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, pairs: list[Pair], config: TrainConfig) -> dict[str, float]:
-    """The metrics over all of an evaluation set, normalised over all of it, as eval_*."""
-    outputs = [forward(model, batch, config.lam) for batch in pack(pairs, config)]
+def evaluate(
+    model: Transformer, pairs: list[Pair], config: TrainConfig, may_stop=lambda: None
+) -> dict[str, float]:
+    """The metrics over all of an evaluation set, normalised over all of it, as eval_*. may_stop is
+    called after each micro-batch, by all processes together."""
+    outputs = []
+    for batch in pack(pairs, config):
+        outputs.append(forward(model, batch, config.lam))
+        may_stop()
     reshard(model)
     metrics = HostCopy(metrics_of(outputs, config.lam, len(pairs))).read()
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def evaluation(model: Transformer, tokenizer, pairs: list[Pair], step: int, config: TrainConfig):
+def evaluation(model: Transformer, tokenizer, pairs, step, config, may_stop=lambda: None) -> dict:
     """The row of an evaluation after `step` updates."""
-    row = {"step": step} | evaluate(model, pairs, config)
-    return row | accepted(model, tokenizer, pairs, config.seed + step)
+    row = {"step": step} | evaluate(model, pairs, config, may_stop)
+    return row | accepted(model, tokenizer, pairs, config.seed + step, may_stop)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,42 +282,50 @@ def loop(
     def pairs_of(step: int) -> list[Pair]:
         return step_pairs(pairs, step, config.batch_size, config.seed)
 
+    def evaluates(step: int) -> bool:
+        return eval_pairs and (step in (0, n_steps) or due(step, config.eval_every))
+
     def evaluate_after(step: int):
-        row = evaluation(model, run.tokenizer, eval_pairs, step, config)
+        may_stop = functools.partial(check_stopped, stopped)
+        row = evaluation(model, run.tokenizer, eval_pairs, step, config, may_stop)
         log.evaluation(row)
         save_best(run, row)
 
-    if eval_pairs and start == 0:
-        with log.paused():
-            evaluate_after(0)
-    batches = pack(pairs_of(start + 1), config)
-    for step in range(start + 1, n_steps + 1):
-        lr = lr_at(step, n_steps, config)
-        set_lr(optimizer, lr)
-        outputs, grad_norm = training_step(model, optimizer, batches, config)
-        batches = pack(pairs_of(step + 1), config)  # while the device computes
-        metrics = None
-        if log.wants(step):
-            metrics = metrics_of(outputs, config.lam, len(pairs_of(step)))
-            metrics |= {"grad_norm": grad_norm, "updates": n_updates(optimizer, model)}
-        log.step(step, pairs_of(step), metrics, lr)
-
-        last = step == n_steps
-        stop = max_over_processes(stopped[-1] if stopped else 0)
-        evaluates = eval_pairs and (last or due(step, config.eval_every))
-        saves = config.save_every and (last or due(step, config.save_every))
-        if evaluates or saves or stop:
+    step, saved = start, True
+    try:
+        if evaluates(start) and not is_evaluated(run.out, start):  # a stop may have come in it
             with log.paused():
-                check_updates(optimizer, model, step)  # before anything is saved
-                if evaluates:
-                    evaluate_after(step)
-                if saves or stop:
-                    save_checkpoint(run, step)
-        if stop and not last:
-            log.close()
-            name = signal.Signals(stop).name
-            print(f"{name}: stopped after step {step} of {n_steps}; continue with --resume")
-            return stop
+                evaluate_after(start)
+        batches = pack(pairs_of(start + 1), config)
+        for step in range(start + 1, n_steps + 1):
+            saved, lr = False, lr_at(step, n_steps, config)
+            set_lr(optimizer, lr)
+            outputs, grad_norm = training_step(model, optimizer, batches, config)
+            batches = pack(pairs_of(step + 1), config)  # while the device computes
+            metrics = None
+            if log.wants(step):
+                metrics = metrics_of(outputs, config.lam, len(pairs_of(step)))
+                metrics |= {"grad_norm": grad_norm, "updates": n_updates(optimizer, model)}
+            log.step(step, pairs_of(step), metrics, lr)
+            check_stopped(stopped)
+            saves = config.save_every and (step == n_steps or due(step, config.save_every))
+            if evaluates(step) or saves:
+                with log.paused():
+                    check_updates(optimizer, model, step)  # before anything is saved
+                    if saves:  # first: an evaluation may be stopped
+                        save_checkpoint(run, step)
+                        saved = True
+                    if evaluates(step):
+                        evaluate_after(step)
+    except Stopped as stop:
+        if not saved:
+            with log.paused():
+                check_updates(optimizer, model, step)
+                save_checkpoint(run, step)
+        log.close()
+        name = signal.Signals(stop.number).name
+        print(f"{name}: stopped after step {step} of {n_steps}; continue with --resume")
+        return stop.number
     log.close()
     return 0
 
@@ -316,13 +335,11 @@ def loop(
 
 
 def load_inputs(config: TrainConfig):
-    """(model, tokenizer, pairs to train on, pairs to evaluate on); prints what there is to say of
-    them."""
+    """(model, tokenizer, pairs to train on, pairs to evaluate on); prints what they are."""
     model = load_model(config)
     tell_model(model, config)
     tokenizer = data.load_tokenizer(config.model, config.chat_template)
-    if config.date:
-        tokenizer.date = date.fromisoformat(config.date)
+    tokenizer.date = date.fromisoformat(config.date) if config.date else None
     if tokenizer.writes_date:
         tell("date", f"{config.date or 'today'}, by the chat template; --date sets another one")
     if beyond := tokenizer.tokens_from(model.config.vocab_size):
@@ -336,21 +353,9 @@ def load_inputs(config: TrainConfig):
             raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
     pairs = load_pairs("train", train_rows, tokenizer, config) if trains else []
     eval_pairs = load_pairs("eval", eval_rows, tokenizer, config)
-    refuse_beyond(pairs + eval_pairs, tokenizer, model)
+    tell_overlap(pairs, eval_pairs)
+    data.refuse_beyond(pairs + eval_pairs, tokenizer, model.config.vocab_size)
     return model, tokenizer, pairs, eval_pairs
-
-
-def refuse_beyond(pairs: list[Pair], tokenizer, model: Transformer):
-    """Raises ValueError with the first row that has a token which the embedding lacks."""
-    n = model.config.vocab_size
-    for pair in pairs if tokenizer.vocab_size > n else ():
-        for ids in pair[:3]:
-            if ids.max() >= n:
-                token, i = tokenizer.decode([ids.max()]), ids.max()
-                raise ValueError(
-                    f"{pair.where}: has the token {token!r}, {i}, and the embedding ends with "
-                    f"{n - 1}: this tokenizer is not the model's"
-                )
 
 
 def load_model(config: TrainConfig) -> Transformer:
@@ -477,15 +482,29 @@ def evaluate_only(config: TrainConfig) -> int:
 
 def main(argv=None):
     """The command line: exit status 2 and one sentence where something is wrong."""
+    with steady_streams():
+        status = run_in_order(argv)
+    if dist.is_initialized():
+        # At once, past the interpreter's own clearing up: in it FSDP2 over gloo aborts now and
+        # then, after all is done, and after an error NCCL would wait for the other processes.
+        if status == 0:
+            dist.destroy_process_group()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def run_in_order(argv) -> int:
+    """The exit status, after one sentence where something is wrong."""
     try:
-        status = run_command(parse(argv, __doc__))
+        return run_command(parse(argv, __doc__))
     except KeyboardInterrupt:  # outside of the loop, which stops in order
         print("train.py: stopped by Ctrl-C", file=sys.stderr)
-        status = 130
+        return 130
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         who = f"train.py, process {rank()}" if rank() else "train.py"
         print(f"{who}: {error}", file=sys.stderr)
-        status = 2
+        return 2
     except RuntimeError as error:
         if not is_of_peers(error):
             raise
@@ -494,17 +513,7 @@ def main(argv=None):
             "what it printed, or the system's log, says why; continue with --resume",
             file=sys.stderr,
         )
-        status = 1
-    if dist.is_initialized():
-        # At once, past the interpreter's own clearing up: in it FSDP2 over gloo aborts now and
-        # then, after all is done, and after an error NCCL would wait for the other processes.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if status == 0:
-            dist.destroy_process_group()
-        os._exit(status)
-    if status:
-        sys.exit(status)
+        return 1
 
 
 if __name__ == "__main__":

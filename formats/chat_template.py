@@ -10,6 +10,7 @@ settings and the functions that transformers gives it.
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,26 +120,35 @@ def left_out(messages: list[dict], text: str) -> list[str]:
 def _texts_of(message: dict) -> Iterator[tuple[str, str]]:
     """(what it is, text) of everything in a message that says something."""
     for key, value in message.items():
-        if key != "role":
+        if key != "role" and not _is_id(key):
             name = f"{key} of {message['role']} messages"
             yield from ((name, text) for text in map(str.strip, _leaves(value)) if text)
 
 
+def _is_id(key: str) -> bool:
+    """Ids and types are for programs: templates need not write them."""
+    return key in ("id", "type") or key.endswith("_id")
+
+
 def _leaves(value) -> Iterator[str]:
-    """The texts in a JSON value. Ids and the type of a tool call are not for the model."""
+    """The texts in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if key not in ("id", "type"):
+            if not _is_id(key):
                 yield from _leaves(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from _leaves(inner)
 
 
-def name_of_tool(tool) -> str:
-    """The name of a function that a row offers to the model; "" where it has none."""
-    function = tool.get("function", tool) if isinstance(tool, dict) else {}
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else ""
+def where_they_part(prompt: str, *answered: str) -> str:
+    """Where a dialogue stops being what its prompt begins, and what can be done."""
+    text = next(text for text in answered if not text.startswith(prompt))
+    n = len(os.path.commonprefix([prompt, text]))
+    same = prompt[max(0, n - 20) : n]
+    return (
+        f"where after {same!r} the prompt has {prompt[n : n + 20]!r} and the dialogue has "
+        f"{text[n : n + 20]!r}; name a template without this difference with --chat-template"
+    )

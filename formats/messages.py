@@ -10,51 +10,79 @@ templates read them. Text that is no dialogue stays as it is.
 """
 
 import ast
+import contextlib
 import json
 import re
 
 # What a role is called elsewhere, by the name that chat templates know.
 ROLES = {
     "user": ("human", "prompter"),
-    "assistant": ("gpt", "bot", "chatgpt", "ai", "model", "function_call"),
-    "tool": ("observation", "function_response"),
+    "assistant": ("gpt", "bot", "chatgpt", "ai", "model", "function_call", "tool_call"),
+    "tool": ("observation", "function_response", "tool_response"),
     "system": (),
 }
 NAMES = {other: role for role, others in ROLES.items() for other in (role, *others)}
+# The keys by which a message says something; others are notes about it, or ids.
+SAYS = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def messages_of(value):
     """A list of messages where value is a dialogue or a message; any other value as it is.
 
-    A system message without content is left out. Raises ValueError that says what is wrong.
+    A system message that has nothing is left out. Raises ValueError that says what is wrong.
     """
     if isinstance(value, str):
         found = parsed(value)
         return value if found is None else messages_of(found)
     if isinstance(value, dict):
-        if inner := [value[key] for key in ("messages", "conversations") if value.get(key)]:
-            return messages_of(inner[0])
+        for key in ("messages", "conversations"):
+            if value.get(key):
+                more = ("system", "instructions", "tools", "functions")
+                if lost := [name for name in more if value.get(name)]:
+                    raise ValueError(f"{' and '.join(lost)} must stand in the row, not in {key}")
+                return messages_of(value[key])
         value = in_rows(value) if all(isinstance(x, list) for x in value.values()) else [value]
     if not isinstance(value, list):
         return value
     messages = map(message_of, value)
-    return [m for m in messages if m["role"] != "system" or m["content"]]
+    return [m for m in messages if m["role"] != "system" or m["content"] or len(m) > 2]
 
 
 def parsed(text: str):
-    """The dialogue that a text is the JSON or the repr of; None where it is just text."""
-    if not (re.match(r"\s*[\[{]", text) and re.search(r"""["'](role|from)["']""", text)):
+    """The dialogue that a text is the JSON or the repr of; None where it is just text, also where
+    it is an answer in JSON that has roles of another kind."""
+    if not looks_like_dialogue(text):
         return None
-    for parse in (json.loads, ast.literal_eval):
+    between = re.sub(r"\}\s+\{", "}, {", text)  # numpy writes no commas
+    for parse, written in (
+        (json.loads, text),
+        (ast.literal_eval, text),
+        (ast.literal_eval, between),
+    ):
         try:
-            found = parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            found = parse(written.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-        dialogue = found.get("messages") if isinstance(found, dict) else found
-        several = isinstance(dialogue, list) and dialogue
-        if several and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in dialogue):
+        if "\\u" in text:  # half a surrogate pair has no bytes
+            json.dumps(found, ensure_ascii=False, default=str).encode()
+        if isinstance(found, dict) and all(isinstance(x, list) and x for x in found.values()):
+            found = found.get("messages") or found.get("conversations") or in_rows(found)
+        dialogue = found if isinstance(found, list) else [found]
+        if dialogue and all(map(is_message, dialogue)):
             return dialogue
     return None
+
+
+def looks_like_dialogue(text: str) -> bool:
+    return bool(re.match(r"\s*[\[{]", text) and re.search(r"""["'](role|from)["']""", text))
+
+
+def is_message(m) -> bool:
+    if not isinstance(m, dict):
+        return False
+    role = m.get("role", m.get("from"))
+    known = isinstance(role, str) and role.strip().lower() in NAMES
+    return known and bool({"value", *SAYS} & m.keys())
 
 
 def in_rows(columns: dict[str, list]) -> list[dict]:
@@ -71,66 +99,101 @@ def message_of(m) -> dict:
     every message where one has them; only the content may be null, beside tool_calls."""
     if not isinstance(m, dict):
         raise ValueError(f"a message is not an object but {m!r:.40}")
-    keys = ("role", "from"), ("content", "value")
-    name, content = (next((m[k] for k in ks if m.get(k) is not None), None) for ks in keys)
+    role_key = "from" if m.get("role") is None else "role"
+    name, content_key = m.get(role_key), "value" if m.get("content") in (None, "") else "content"
     if not (isinstance(name, str) and name.strip()):
-        raise ValueError(f"a message has no role; its keys are {sorted(m)}")
-    known = name.strip().lower()
-    message = {"role": NAMES.get(known, name), "content": content_of(content)}
-    more = {k: v for k, v in m.items() if k not in sum(keys, ()) and v not in (None, "", [], {})}
-    if known == "function_call" and (call := call_of(content)):
-        message["content"], more["tool_calls"] = None, [call]
+        raise ValueError(f"a message has no role; its keys are {sorted(map(str, m))}")
+    if content_key == "value" and m.get("value") is None:
+        content_key = "content"
+    known, content = name.strip().lower(), m.get(content_key)
+    more = {k: v for k, v in m.items() if v not in (None, "", [], {})}
+    more = {k: v for k, v in more.items() if k not in (role_key, content_key)}
+    message = {"role": NAMES.get(known, name)}
+    if known in ("function_call", "tool_call") and (calls := calls_of(content)):
+        content, more["tool_calls"] = None, calls
+    if message["role"] == "tool" and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)
+    message["content"] = content_of(content)
     says_more = any(isinstance(value, str | list | dict) for value in more.values())
     if message["content"] is None and not says_more and message["role"] != "system":
         raise ValueError("a message's content is null, and it has nothing else")
-    if isinstance(more.get("tool_calls"), list):
-        more["tool_calls"] = [with_arguments(call) for call in more["tool_calls"]]
+    if calls := more.get("tool_calls"):
+        calls = from_json(calls)
+        if isinstance(calls, list):
+            more["tool_calls"] = [with_arguments(from_json(call)) for call in calls]
     return message | more
+
+
+def from_json(value):
+    """What a text in JSON says; any other value, and any other text, as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def says(message: dict) -> bool:
+    """Whether a message says anything at all."""
+    content = message.get("content")
+    blank = isinstance(content, str) and not content.strip()
+    return any(message.get(key) for key in SAYS if not (key == "content" and blank))
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two messages say the same; their ids and notes may differ."""
+    return all(a.get(key) == b.get(key) for key in ("role", "name", *SAYS))
 
 
 def content_of(content) -> str | None:
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a message's content has parts that are not text")
-        return "".join(texts)
+        for part in content:
+            part = part if isinstance(part, dict) else {"type": type(part).__name__}
+            others = [k for k, v in part.items() if v and k not in ("type", "text")]
+            kind = part.get("type") or "text"
+            if kind not in ("text", "input_text", "output_text") or others:
+                what = others[0] if others else kind
+                raise ValueError(f"a message's content has parts that are not text: {what!s:.40}")
+            if not isinstance(part.get("text"), str):
+                raise ValueError("a message's content has parts that are not text")
+        return "".join(part["text"] for part in content)
     if not isinstance(content, str | None):
         raise ValueError(f"a message's content is not text but {content!r:.40}")
     return content
 
 
-def call_of(content) -> dict | None:
-    """ShareGPT's function_call, {"name", "arguments"} as JSON text, as one of tool_calls."""
-    try:
-        function = json.loads(content)
-    except (TypeError, ValueError):
+def calls_of(content) -> list[dict] | None:
+    """ShareGPT's function_call, {"name", "arguments"} or several of it as JSON text, as the calls
+    of tool_calls."""
+    found = from_json(content) if isinstance(content, str) else None
+    functions = found if isinstance(found, list) else [found]
+    if not functions or not all(isinstance(f, dict) and "name" in f for f in functions):
         return None
-    if not isinstance(function, dict) or "name" not in function:
-        return None
-    return {"type": "function", "function": function}
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def with_arguments(call):
     """OpenAI writes a call's arguments as JSON text. Chat templates write them as JSON themselves,
     and would put that text into quotation marks."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(call, dict):
         return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        return call
-    return call | {"function": function | {"arguments": arguments}}
+    if isinstance(call.get("function"), dict):
+        return call | {"function": with_arguments(call["function"])}
+    arguments = from_json(call.get("arguments"))
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def tools_of(value) -> list | None:
-    """The column of tools that a template is given: a list, or JSON text of one; None without any.
-    Raises ValueError."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise ValueError("tools is text, but not JSON") from None
+    """The column of tools that a template is given: a list, or JSON text of one, or a list of JSON
+    texts; None without any. Raises ValueError."""
+    if isinstance(value, str):
+        text, value = value, from_json(value)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError):
+                value = ast.literal_eval(text)
+        if isinstance(value, str):
+            if text.strip():
+                raise ValueError("tools is text, but not JSON")
+            return None
     if value and not isinstance(value, list):
         raise ValueError(f"tools must be a list, not {value!r:.40}")
-    return value or None
+    return [*map(from_json, value)] if value else None

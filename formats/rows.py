@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from formats.messages import messages_of, tools_of
+from formats.messages import looks_like_dialogue, messages_of, same, tools_of
 
 
 class Preference(NamedTuple):
@@ -86,9 +86,9 @@ def preference(row, where: str) -> Preference:
     """A row as parsed from JSON. Raises ValueError that says what is wrong with it, without
     `where`."""
     _check_keys(row)
-    name = next((key for key in PROMPTS if row.get(key) is not None), "prompt")
-    prompt, chosen, rejected = (_read(row, key) for key in (name, "chosen", "rejected"))
-    accept, tools = row.get("accept"), tools_of(row.get("tools"))
+    name = next((key for key in PROMPTS if row.get(key) not in (None, [])), "prompt")
+    prompt, (chosen, rejected) = _read(row, name), read_answers(row)
+    prompt, accept = (None if prompt == [] else prompt), row.get("accept")
     if not isinstance(accept, list | None) or not all(isinstance(x, str) for x in accept or ()):
         raise ValueError("accept must be a list of strings")
     for key, value in ((name, prompt), ("chosen", chosen), ("rejected", rejected)):
@@ -97,31 +97,54 @@ def preference(row, where: str) -> Preference:
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
         return _of_strings(row, prompt, chosen, rejected, accept, where)
 
-    for key, value in ((name, prompt), ("chosen", chosen), ("rejected", rejected)):
-        if value == [] or (isinstance(value, str) and key != name):
+    for key, value in (("chosen", chosen), ("rejected", rejected)):
+        if not value or isinstance(value, str):
             raise ValueError(f"{key} must be text or a list of messages, like its neighbours")
-    if prompt == chosen:  # published beside chosen as `messages`
-        prompt = None
-    text = prompt if isinstance(prompt, str) else None
-    if not isinstance(prompt, list):  # whole dialogues; UltraFeedback repeats a string beside them
-        if prompt and len(chosen) == len(rejected) == 1:
-            raise ValueError(
-                f"{name} is text, but chosen and rejected are messages that do not repeat it: "
-                "make it a list of messages too (tools/prepare.py does)"
-            )
-        same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
-        prompt = chosen[: [*same, False].index(False)]
-        if not prompt and (others := _with_text(row)):
-            raise ValueError(_no_prompt(others))
+    given, common = prompt, chosen[: _n_common(chosen[:-1], rejected[:-1])]
+    if isinstance(given, str) and given and len(chosen) == len(rejected) == 1:
+        raise ValueError(
+            f"{name} is text, but chosen and rejected are messages that do not repeat it: "
+            "make it a list of messages too (tools/prepare.py does)"
+        )
+    if not isinstance(given, list) or _begins(common, given) or (common and name != "prompt"):
+        prompt = common  # whole dialogues; UltraFeedback repeats their prompt beside them, as text
+    if not prompt and (others := _with_text(row)):
+        raise ValueError(_no_prompt(others))
     answers = [_answer(key, prompt, m) for key, m in (("chosen", chosen), ("rejected", rejected))]
     if prompt[-1]["role"] == "assistant":
         raise ValueError(
             f"{name} ends with a message of the assistant, where its answer should begin: move "
             "that text into chosen and rejected, or remove the message"
         )
+    tools = tools_of(row.get("tools"))
     said = [m["content"] for m in prompt + chosen + rejected]
-    used = [text, row.get(name), row["chosen"], row["rejected"], row.get("tools"), *said]
+    used = [row["chosen"], row["rejected"], row.get("tools"), *said]
+    if isinstance(given, list):
+        is_used = prompt is given or _begins(chosen, given)
+    else:
+        is_used = (given or "").strip() in {text.strip() for text in said if text}
+    used += [row.get(name)] if is_used else []
     return Preference(prompt, *answers, accept, where, _ignored(row, used), tools=tools)
+
+
+def _n_common(a: list[dict], b: list[dict]) -> int:
+    """How many messages two dialogues have in common at their beginning."""
+    alike = [same(x, y) for x, y in zip(a, b, strict=False)]
+    return [*alike, False].index(False)
+
+
+def _begins(dialogue: list[dict], first: list[dict]) -> bool:
+    return _n_common(first, dialogue) == len(first)
+
+
+def read_answers(row: dict) -> list:
+    """chosen and rejected. Where one of two texts is a dialogue in JSON and the other is not, it is
+    an answer about such things."""
+    found = [_read(row, key) for key in ("chosen", "rejected")]
+    given = [row.get(key) for key in ("chosen", "rejected")]
+    if all(isinstance(x, str) for x in given) and any(isinstance(x, str) for x in found):
+        return given
+    return found
 
 
 def _read(row: dict, key: str):
@@ -136,10 +159,12 @@ def _check_keys(row):
     if not isinstance(row, dict):
         hint = " (tools/prepare.py reads such a file)" if isinstance(row, list) else ""
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}{hint}")
-    if media := [key for key in ("image", "images", "video", "videos", "audio") if row.get(key)]:
-        raise ValueError(f"{media[0]} is not text, and this program trains on text only")
+    for key in ("image", "images", "video", "videos", "audio"):
+        value = row.get(key)
+        if any(value) if isinstance(value, list) else value:
+            raise ValueError(f"{key} is not text, and this program trains on text only")
     if not {"chosen", "rejected"} & set(row):
-        if {"completion", "label"} <= set(row):
+        if "label" in row:
             raise ValueError(
                 "completion and label are unpaired ratings, as KTO takes them; ORPO compares two "
                 "answers to one prompt, chosen and rejected"
@@ -167,7 +192,7 @@ def _of_strings(row: dict, prompt, chosen: str, rejected: str, accept, where: st
 
 def _answer(key: str, prompt: list[dict], messages: list[dict]) -> list[dict]:
     """The one message that answers the prompt, of a whole dialogue or of itself."""
-    answer = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+    answer = messages[len(prompt) :] if _begins(messages, prompt) else messages
     if not prompt or len(answer) != 1 or answer[0]["role"] != "assistant":
         roles = [m["role"] for m in messages]
         wanted = "the prompt's messages and one assistant message more, or only that message"
@@ -193,7 +218,8 @@ def _with_text(row: dict) -> list[str]:
 def _no_prompt(others: list[str]) -> str:
     return (
         f"there is no prompt, but text in {', '.join(others)}: if a column of these asks, convert "
-        f"the file with tools/prepare.py --prompt {others[0]}; remove those that do not"
+        f"the file with tools/prepare.py --prompt {others[0]}; if chosen and rejected both begin "
+        "with the question, with --prompt chosen"
     )
 
 
@@ -204,6 +230,10 @@ def _ignored(row: dict, used: list) -> tuple[str, ...]:
     known = ("chosen", "rejected", "accept")
     keys = (key for key in row if key not in known and row[key] not in used)
     return tuple(map(sys.intern, keys))
+
+
+def _looks_odd(answer) -> bool:
+    return isinstance(answer, str) and looks_like_dialogue(answer)
 
 
 def _common_text(a: str, b: str) -> str:
@@ -227,6 +257,9 @@ def warnings_of(rows: list[Preference]) -> list[str]:
     if repeated := [row for row in rows if row.repeated]:
         text = f"{len(repeated)} of {len(rows)} rows repeat the prompt in both answers"
         warnings.append(f"{text} (first: {repeated[0].where}); it is taken away from them")
+    if odd := [row for row in rows if any(map(_looks_odd, (row.chosen, row.rejected)))]:
+        text = f"warning: {len(odd)} of {len(rows)} rows have answers that look like messages in"
+        warnings.append(f"{text} JSON, and are trained on as text (first: {odd[0].where})")
     if not any(row.prompt for row in rows):
         warnings.append("warning: all prompts are empty")
     # The last character of the prompt and the first of the answer. Not all scripts have spaces.

@@ -3,6 +3,7 @@
 Here and not in train.py, because whoever talks to a model (tools/sample.py) does not train it.
 """
 
+import functools
 import math
 
 import torch
@@ -40,9 +41,17 @@ def answers(
     return texts
 
 
-def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dict[str, float]:
+def checked(items, may_stop):
+    for item in items:
+        yield item
+        may_stop()
+
+
+def accepted(
+    model: Transformer, tokenizer, pairs: list[Pair], seed: int, may_stop=lambda: None
+) -> dict[str, float]:
     """The share of the model's own answers that are right, sampled and greedy, among the rows that
-    list right answers; {} where none does."""
+    list right answers; {} where none does. may_stop is called after each batch of them."""
     asked = [pair for pair in pairs if pair.accept is not None]
     if not asked:
         return {}
@@ -52,7 +61,8 @@ def accepted(model: Transformer, tokenizer, pairs: list[Pair], seed: int) -> dic
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         generator = torch.Generator(model.device).manual_seed(seed)
         sampling = {"temperature": temperature, "generator": generator}
-        texts = answers(model, tokenizer, prompts, longest, **sampling)
+        progress = functools.partial(checked, may_stop=may_stop)
+        texts = answers(model, tokenizer, prompts, longest, progress=progress, **sampling)
         good = [text in pair.accept for text, pair in zip(texts, asked, strict=True)]
         shares[f"eval_accepted/{name}"] = sum(good) / len(good)
     return shares

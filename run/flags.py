@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from datetime import date
 from difflib import get_close_matches
@@ -180,6 +181,7 @@ def settings_of(config: TrainConfig) -> dict:
 
 LENGTHS = ("epochs", "max_steps")
 FREE_ON_RESUME = (
+    *("data", "eval_data", "chat_template"),  # the pairs that they give are compared
     *("keep", "shard", "micro_batch_tokens", "activation_checkpointing", "compile"),
     *("log_every", "eval_every", "save_every", "lora_adapters"),
 )
@@ -306,10 +308,22 @@ def make_parser(about: str) -> Parser:
     return parser
 
 
+def with_negatives(argv: list[str] | None) -> list[str]:
+    """--lr -1e-5 as --lr=-1e-5: argparse takes a negative power of ten for a flag."""
+    argv = sys.argv[1:] if argv is None else argv
+    joined = []
+    for word in argv:
+        if joined and joined[-1].startswith("--") and re.fullmatch(r"-[\d.]+e[+-]?\d+", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def parse(argv: list[str] | None, about: str = "") -> TrainConfig:
     """Flags over --config over defaults. about: what --help says first. Raises ValueError,
     FileNotFoundError."""
-    given = vars(make_parser(about).parse_args(argv))
+    given = vars(make_parser(about).parse_args(with_negatives(argv)))
     config_file = given.pop("config")
     if config_file is None and not {"model", "data"} & set(given):
         config_file = BUILTIN

@@ -1,7 +1,7 @@
 """The folder of a run, OUT: its lock and its rows, replacing folders whole, whether it is finished.
 
 OUT/metrics.jsonl     a row for each step and each evaluation
-OUT/config.json       the settings, as --config takes them
+OUT/run.json          the settings, as --config takes them
 OUT/checkpoints/      step-N: the whole training state (run/saving.py)
 OUT/model, OUT/best   Hugging Face folders
 OUT/adapters          with --lora-adapters, in peft's form
@@ -13,11 +13,13 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
+import sys
 from datetime import date
 from pathlib import Path
 
-from formats.files import NotWritten, optional_json, reason_of, whole_file
+from formats.files import NotWritten, reason_of, whole_file
 from run.flags import LENGTHS, TrainConfig, refuse_other_settings, settings_of
 from run.processes import barrier, max_over_processes, rank
 
@@ -48,8 +50,20 @@ def tidy(folder: Path):
     new, old = _beside(folder)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
-    for left in filter(Path.exists, (new, old)):
-        shutil.rmtree(left)
+    for left in (new, old):
+        remove(left)
+
+
+def remove(path: Path):
+    """A file, a link (and not what it points to) or a folder, where there is one. What cannot be
+    removed is said and stays: nothing that follows depends on its absence."""
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        print(f"train.py: {path}: cannot be removed: {reason_of(error)}", file=sys.stderr)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
@@ -58,6 +72,8 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 LOCK = ".lock"
 FINISHED = "finished"  # a file with the last step
+SETTINGS = "run.json"  # a name that no Hugging Face folder has
+FOLDERS = ("checkpoints", "model", "best", "adapters")
 
 
 @contextlib.contextmanager
@@ -87,8 +103,29 @@ def locked(out: Path):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, the newest first."""
-    return sorted((out / "checkpoints").glob("step-*"), reverse=True)
+    """The complete checkpoints of a run, the newest first. Other names are other people's."""
+    found = (out / "checkpoints").glob("step-*")
+    ours = (path for path in found if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
+    return sorted(ours, reverse=True)
+
+
+def read_settings(folder: Path) -> dict | None:
+    """The settings of a run or of a checkpoint; None where there are none that can be read. Older
+    versions called the file config.json, as a model's is called too."""
+    for name in (SETTINGS, "config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(settings, dict) and "lam" in settings:
+                return settings
+    return None
+
+
+def not_ours(out: Path) -> list[str]:
+    """What bears a name of ours in a folder in which no run was."""
+    if read_settings(out) is not None or read_rows(out):
+        return []
+    names = (*FOLDERS, SETTINGS, "metrics.jsonl", FINISHED)
+    return [name for name in names if os.path.lexists(out / name)]
 
 
 @contextlib.contextmanager
@@ -103,9 +140,15 @@ def claim_folder(config: TrainConfig):
     above = existing_parent(out)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out {out}: cannot be made, as {above} is not a folder to write to")
-    for name in ("model", "best"):
-        if (out / name).resolve() == Path(config.model).resolve():
+    model = Path(config.model).resolve()
+    if model == out.resolve():
+        raise ValueError(f"--out {out}: is the folder of --model; name another one")
+    for name in FOLDERS:
+        if (out / name).resolve() in (model, *model.parents):
             raise ValueError(f"--out {out}: its {name}/ would replace --model; name another folder")
+    if found := not_ours(out):
+        problem = f"holds {' and '.join(found)}, which no run has made; name another folder"
+        raise ValueError(f"--out {out}: {problem}")
     with locked(out) if rank() == 0 else contextlib.nullcontext():
         if holds_run(out) and not (config.resume or config.overwrite):
             problem = "holds a run; add --resume or --overwrite, or name another folder"
@@ -118,7 +161,9 @@ def existing_parent(path: Path) -> Path:
 
 
 def holds_run(out: Path) -> bool:
-    return any("loss" in row for row in read_rows(out))
+    """Whether a run is there, which may have checkpoints before it has a row."""
+    begun = (out / FINISHED).exists() or bool(checkpoints(out))
+    return begun or any("loss" in row for row in read_rows(out))
 
 
 def begin_folder(out: Path, start: int, config: TrainConfig):
@@ -127,23 +172,19 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
     barrier()  # until every process has seen whether a run is there
     if rank() > 0:
         return
-    began = holds_run(out) or bool(checkpoints(out)) or (out / FINISHED).exists()
-    if config.overwrite and not config.resume and began:
+    if config.overwrite and not config.resume and holds_run(out):
         # The rows last: as long as they are there, whoever is killed here has a run to overwrite.
-        for name in ("checkpoints", "model", "best", "adapters"):
-            if (out / name).exists():
-                shutil.rmtree(out / name)
-        for name in (FINISHED, "config.json", "metrics.jsonl"):
-            (out / name).unlink(missing_ok=True)
+        for name in (*FOLDERS, FINISHED, SETTINGS, "metrics.jsonl"):
+            remove(out / name)
     for name in ("model", "best", "adapters"):
         tidy(out / name)
     if start == 0 and read_best(out):  # of an evaluation whose row is cut
-        shutil.rmtree(out / "best")
+        remove(out / "best")
     kept = [row for row in read_rows(out) if row["step"] <= start and start > 0]
     (out / FINISHED).unlink(missing_ok=True)
     rows = "".join(json.dumps(row) + "\n" for row in kept)
     settings = json.dumps(settings_of(config), indent=2) + "\n"
-    for name, text in (("metrics.jsonl", rows), ("config.json", settings)):
+    for name, text in ((SETTINGS, settings), ("metrics.jsonl", rows)):
         with whole_file(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -178,6 +219,12 @@ def read_best(out: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+def is_evaluated(out: Path, step: int) -> bool:
+    """Whether there is a row of the evaluation after this step, for all processes alike."""
+    rows = read_rows(out) if rank() == 0 else []
+    return bool(max_over_processes(sum("eval_loss" in x and x["step"] == step for x in rows)))
+
+
 def print_best(out: Path):
     if best := read_best(out):
         text = f"wrote {out}/best, the model of step {best['step']}: "
@@ -201,10 +248,9 @@ def print_changes(out: Path, n_steps: int):
 
 def settings_before(out: Path) -> tuple[dict, Path] | None:
     """The settings of a run's newest checkpoint, or of its folder, and where they were found."""
-    begun = (out / FINISHED).exists() or holds_run(out)
-    for folder in (*checkpoints(out), *([out] if begun else [])):
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((folder / "config.json").read_text(encoding="utf-8")), folder
+    for folder in (*checkpoints(out), *([out] if holds_run(out) else [])):
+        if (settings := read_settings(folder)) is not None:
+            return settings, folder
     return None
 
 
@@ -215,7 +261,7 @@ def date_of_run(config: TrainConfig) -> str:
     if config.resume:
         then, _ = settings_before(Path(config.out)) or ({}, None)
     elif config.eval_only:  # of OUT/model
-        then = optional_json(Path(config.model).parent / "config.json")
+        then = read_settings(Path(config.model).parent) or {}
     today = max_over_processes(date.today().toordinal())  # clocks and time zones may differ
     return config.date or then.get("date") or date.fromordinal(today).isoformat()
 

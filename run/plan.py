@@ -6,6 +6,7 @@ Here, and not in the loop, because nothing of it changes a number that is traine
 
 import contextlib
 import math
+import os
 import resource
 import shutil
 from datetime import timedelta
@@ -38,11 +39,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainConfig) -> Plan:
-    """Goes through all steps without computing them, and prints what they will be."""
+    """Goes through the steps without computing them, and prints what they will be: all of them, or
+    of a long run the first two epochs, as the others only bring the same pairs in other orders."""
     c, n_processes = config, world_size()
     an_epoch = steps_in_epoch(len(pairs), c.batch_size)
     n_steps = c.max_steps or c.epochs * an_epoch
-    steps = [step_pairs(pairs, step, c.batch_size, c.seed) for step in range(1, n_steps + 1)]
+    n_looked_at = min(n_steps, max(2 * an_epoch, 1000))
+    steps = [step_pairs(pairs, step, c.batch_size, c.seed) for step in range(1, n_looked_at + 1)]
     shares = [share for step in steps for share in balance_over_ranks(step, n_processes)]
     splits = [split_by_tokens(share, c.micro_batch_tokens) for share in shares]
     parts = [part for split in splits for part in split]
@@ -51,8 +54,8 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
     several = max(map(len, splits)) > 1  # not by len(parts): a process may have no pair in a step
     lines = [
         f"{n_steps} of {c.batch_size} pairs ({an_epoch} an epoch), "
-        f"{sum(tokens) / n_steps:.0f} tokens a step in {len(parts) / n_steps:.1f} micro-batches, "
-        f"the largest of {max(tokens)}"
+        f"{sum(tokens) / n_looked_at:.0f} tokens a step in {len(parts) / n_looked_at:.1f} "
+        f"micro-batches, the largest of {max(tokens)}"
     ]
     if n_processes > 1:
         loads = [sum(pair.n_tokens for pair in share) for share in shares]
@@ -64,8 +67,12 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
         f"lam {c.lam}, SFT over {c.sft_loss}, lr {c.lr} "
         f"({c.lr_schedule}, {c.warmup_steps} warm-up), seed {c.seed}"
     )
+    if c.warmup_steps > n_steps:
+        share = n_steps / c.warmup_steps
+        lines.append(f"warning: the run ends within the warm-up, at {share:.0%} of --lr")
     tell("steps", *lines)
-    n_flops = step_flops(model, pairs, c) * sum(map(len, steps)) / len(pairs)
+    n_pairs = sum(map(len, steps)) * n_steps / n_looked_at
+    n_flops = step_flops(model, pairs, c) * n_pairs / len(pairs)
     tell("time", time_line(model, n_flops, c))
     tell("memory", memory_line(model, c))
     tell("disk", disk_line(model, n_steps, c))
@@ -87,6 +94,18 @@ def tell_model(model: Transformer, config: TrainConfig):
         f"{config.model}: {n_parameters:,} parameters, stored as {model.config.dtype}",
         f"{trained:,} trained, in float32, products in {config.dtype}, on {config.device}",
     )
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if config.device == "cpu" and load > cores + 1:
+        advice = "OMP_NUM_THREADS=1 may be several times faster"
+        tell("", f"this machine is busy (load {load:.0f} on {cores} cores): {advice}")
+
+
+def tell_overlap(pairs: list[Pair], eval_pairs: list[Pair]):
+    """Says how many held-out pairs have a prompt that is trained on."""
+    trained = {pair.prompt.tobytes() for pair in pairs}
+    if n := sum(pair.prompt.tobytes() in trained for pair in eval_pairs):
+        text = f"{n} of {len(eval_pairs)} pairs have a prompt that is trained on"
+        tell("", f"warning: {text}: they are not held out")
 
 
 # ---------------------------------------------------------------------------------------------

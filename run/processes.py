@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from datetime import timedelta
 
 import torch
@@ -141,18 +142,51 @@ def is_of_peers(error: RuntimeError) -> bool:
     )
 
 
+# What ends a run in order: Ctrl-C, a closed terminal, what SLURM, SGE, systemd, torchrun send.
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that grows when SIGTERM or Ctrl-C comes; the second of a kind kills at once."""
+    """Yields a list that grows with each signal that asks the run to stop. Only a second Ctrl-C
+    kills at once: schedulers send some signals twice, to torchrun and to its processes.
+
+    Outside of the main thread no signal can be handled, and the list stays empty.
+    """
     seen = []
 
     def note(number, frame):
+        if not seen and rank() == 0:
+            how = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
+            text = f"{signal.Signals(number).name}: finishing this step, then saving{how}\n"
+            with contextlib.suppress(OSError):  # by the system: print may be interrupted by itself
+                os.write(2, text.encode())
         seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in STOPS):
+            # nohup has SIGHUP ignored, and means that the run outlives its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """A signal has asked the run to stop."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def check_stopped(seen: list):
+    """Raises Stopped where a signal has come, to this process or to another one; all processes call
+    it together."""
+    if number := max_over_processes(seen[-1] if seen else 0):
+        raise Stopped(number)

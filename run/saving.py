@@ -26,7 +26,15 @@ from formats.config import write_config
 from formats.files import NotWritten, optional_json, reason_of, write_json
 from model import Transformer
 from run.flags import TrainConfig, refuse_other_settings, settings_of
-from run.folder import FINISHED, checkpoints, read_best, replaced
+from run.folder import (
+    FINISHED,
+    SETTINGS,
+    checkpoints,
+    read_best,
+    read_settings,
+    remove,
+    replaced,
+)
 from run.lora import lora_layers, merge_lora, write_adapters
 from run.processes import max_over_processes, rank
 
@@ -111,7 +119,7 @@ def save_state(
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            (temporary / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+            (temporary / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
             write_more(temporary)
     except OSError as error:
         failed = error
@@ -123,8 +131,9 @@ def save_state(
         if rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            for old in checkpoints(out)[keep:]:
-                shutil.rmtree(old)
+            before = [folder for folder in checkpoints(out) if folder.name <= final.name]
+            for old in before[keep:]:
+                remove(old)
     except (OSError, dcp.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         advice = "fix this, then continue with --resume"
@@ -165,6 +174,7 @@ def load_checkpoint(run: Run) -> int:
     step = int(folder.name.removeprefix("step-"))
     if step > run.n_steps:
         raise ValueError(f"--resume: {folder} is after the last of {run.n_steps} steps")
+    print(f"--resume: continues after step {step} of {run.n_steps}")
     return step
 
 
@@ -177,7 +187,10 @@ def load_state(out: Path, state: dict[str, Tensor], check) -> Path | None:
     folders = checkpoints(out)
     for folder in folders:
         try:
-            check(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+            settings = read_settings(folder)
+            if settings is None:
+                raise OSError(f"no {SETTINGS} that can be read")
+            check(settings, folder)
             dcp.load(state, checkpoint_id=folder)
             return folder
         except (OSError, json.JSONDecodeError, dcp.CheckpointException) as error:

@@ -161,7 +161,7 @@ BAD_ROWS = {  # what: (the row, words of the complaint)
     "rejected messages, chosen text": (row(rejected=[NO]), f"chosen {NEIGHBOURS}"),
     "chosen messages, rejected text": (row(chosen=[YES]), f"rejected {NEIGHBOURS}"),
     "prompt messages, answers text": (row(prompt=[Q]), f"chosen {NEIGHBOURS}"),
-    "prompt an empty list": (row([], [YES], [NO]), f"prompt {NEIGHBOURS}"),
+    "prompt an empty list": (row([], [YES], [NO]), not_an_answer("chosen", "a", 0)),
     "chosen an empty list": (row([Q], [], [NO]), f"chosen {NEIGHBOURS}"),
     "a message without role": (
         row([Q], [{"content": "x"}], [NO]),
@@ -559,7 +559,7 @@ def warnings_by(template, make_tokenizer, *rows):
 
 def test_what_a_template_does_not_write_is_counted(make_tokenizer):
     call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"c": "x"}}}
-    tool = {"role": "tool", "content": "18 degrees", "name": "weather"}
+    tool = {"role": "tool", "content": "18 degrees", "name": "weather", "tool_call_id": "1"}
     rows = [
         row_of([Q], [YES], [NO]),
         row_of([Q], [assistant("<think>so</think>yes")], [NO]),

@@ -69,7 +69,7 @@ def test_eval_only_prints_the_row_that_training_starts_with(arguments, whole, ca
 
 def test_a_runs_config_evaluates_its_model_as_the_run_did(whole, capsys):
     """By its own lam, on its own rows."""
-    flags = ["--config", str(whole.out / "config.json"), "--model", str(whole.out / "model")]
+    flags = ["--config", str(whole.out / "run.json"), "--model", str(whole.out / "model")]
     train.main([*flags, "--eval-only"])
     expected = whole.rows[-1] | {"step": 0, "lam": 0.5, "sft_loss": "response"}
     row = json.loads(capsys.readouterr().out)

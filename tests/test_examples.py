@@ -157,7 +157,11 @@ def test_prepare_counts_rows_that_it_cannot_use_with_the_first_ones_line(tmp_pat
         (b'{"prompt": ', "", 3),
         (b"3", "1 a JSON object is expected, not int", 4),
         (QA | {"chosen": None}, "1 key 'chosen' is missing; the row has", 5),
-        (QA | {"chosen": [{"role": "assistant", "content": None}]}, "1 a message's content is", 6),
+        (
+            QA | {"chosen": [{"role": "assistant", "content": None}]},
+            "1 chosen: a message's content is",
+            6,
+        ),
         (QA | {"prompt": [{"role": "user", "content": image}]}, "1 a message's content has", 7),
     ]
     lines = [x if isinstance(x, bytes) else json.dumps(x).encode() for x, *_ in bad]

@@ -85,12 +85,12 @@ def test_responses_are_cut_to_the_models_context(folder, tmp_path, capsys):
 
 
 def test_a_runs_settings_do_the_same_from_any_folder(folder, tmp_path, monkeypatch):
-    """Paths that were relative where the run was started are whole in OUT/config.json."""
+    """Paths that were relative where the run was started are whole in OUT/run.json."""
     monkeypatch.chdir(folder)
     flags = ["--model", "model", "--data", "train.jsonl", "--eval-data", "eval.jsonl"]
     run([*flags, "--device", "cpu", "--out", str(tmp_path / "out"), "--max-steps", "1"])
     monkeypatch.chdir(tmp_path)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / "run.json").read_text())
     for name, file in (("model", "model"), ("data", "train.jsonl"), ("eval_data", "eval.jsonl")):
         path = Path(written[name])
         assert path.is_absolute() and path.samefile(folder / file)
@@ -130,7 +130,7 @@ def test_a_run_is_not_resumed_with_another(name):
 
 def test_the_settings_of_a_run_serve_on_another_machine(whole, tmp_path, capsys):
     """Without its device; and a run that was sharded is evaluated by one process."""
-    settings = json.loads((whole.out / "config.json").read_text())
+    settings = json.loads((whole.out / "run.json").read_text())
     assert "device" not in settings and settings["dtype"] == "float32"
     (tmp_path / "sharded.json").write_text(json.dumps(settings | {"shard": True}))
     flags = ["--model", str(whole.out / "model"), "--eval-only", "--device", "cpu"]

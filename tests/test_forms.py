@@ -1,6 +1,7 @@
 """Published forms of preference data: what tools/prepare.py makes of a row in each."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import data
 from tests.test_examples import messages, prepared, said
 from tools.forms import READERS, convert
+from tools.prepare import line_of
 
 RECIPES = Path(data.__file__).resolve().parent / "docs" / "recipes.md"
 ASKED = messages("u:Name a lake.")
@@ -217,7 +219,13 @@ def test_a_tie_is_no_pair(what):
         (FORMS["MT-Bench, first turn"][0] | {"turn": 2}, "dialogues part before the last answer"),
         ({"info": 3, "summaries": [], "choice": 0}, "its columns are those of summaries and choi"),
         ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "fewer than two answers"),
-        ({"prompt": "q", "answers": [{"answer": "a"}] * 2}, "a rating is not a number but None"),
+        ({"prompt": "q", "answers": [{"answer": "a"}] * 2}, "fewer than two answers with a rating"),
+        (FORMS["Nectar"][0] | {"answers": rated("answer", "rank", 1, "x", 3)}, "a rating is not a"),
+        (FORMS["HelpSteer2"][0] | {"preference_strength": float("nan")}, "a rating is not a numbe"),
+        (FORMS["SHP"][0] | {"labels": 2}, "the better answer must be 0 or 1, not 2"),
+        (FORMS["PKU-SafeRLHF"][0] | {"better_response_id": -1}, "the better answer must be 0 or"),
+        (FORMS["MT-Bench, first turn"][0] | {"turn": 1e400}, "a rating is not a number but inf"),
+        (GARDA | {"chosen": [{"role": None, "1": 2}]}, "chosen: a message has no role; its"),
         ({"prompt": "q", "answers": 3}, "its columns are those of answers by rank"),
         (
             {"context": "A long text.", "chosen": "a", "rejected": "b"},
@@ -232,6 +240,63 @@ def test_what_is_no_pair_is_counted_with_its_reason(row, words, tmp_path):
     printed = prepared(file, "--out", tmp_path / "out.jsonl")
     assert "1 pairs of 2 rows" in printed and f"dropped: 1 {words}" in printed
     assert f"(first: {file}:1)" in printed
+
+
+def test_a_vote_without_a_turn_is_about_the_whole_dialogue():
+    row = {
+        "conversation_a": ASKED + messages("a:x", "u:More.") + GARDA["chosen"],
+        "conversation_b": ASKED + messages("a:x", "u:More.") + GARDA["rejected"],
+        "winner": "model_a",
+    }
+    found, _ = convert(row, "FILE:1")
+    assert (len(found.prompt), found.chosen) == (3, GARDA["chosen"])
+
+
+def test_text_that_only_begins_with_human_is_text():
+    for prompt in ("Human: A Brief History is a book by whom?", "Human: hi\nAssistant:"):
+        found, form = convert({"prompt": prompt} | answers("chosen", "rejected"), "FILE:1")
+        assert (found.prompt, form) == (prompt, "strings")
+
+
+def test_an_indentation_of_an_hh_answer_stays():
+    row = {"prompt": HH, "chosen": "     x = 1\n    y = 2\n", "rejected": " No."}
+    found, _ = convert(row, "FILE:1")
+    assert found.chosen[0]["content"] == "    x = 1\n    y = 2"
+
+
+@pytest.mark.parametrize(
+    "row, column, ignored",
+    [
+        ({"prompt": "Be a pirate.", "question": "Name a lake."}, "question", ("prompt",)),
+        ({"prompt": "Name a lake.", "question": "Name a lake."}, "question", ()),
+        ({"prompt": "Name a lake.", "instruction": "Be kind to us."}, None, ("instruction",)),
+        (
+            {"prompt": "In French, please.", "chosen": ASKED + GARDA["chosen"]}
+            | {"rejected": ASKED + GARDA["rejected"]},
+            None,
+            ("prompt",),
+        ),
+    ],
+)
+def test_what_else_asks_is_named_as_not_used(row, column, ignored):
+    found, _ = convert(answers("chosen", "rejected") | row, "FILE:1", column)
+    assert found.ignored == ignored
+
+
+def test_both_answers_may_begin_with_the_question(tmp_path):
+    """Beside notes that hold sentences, among which no column asks."""
+    row = {"source": "Anthropic HH", "chosen": "What is it? yes", "rejected": "What is it? no"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    words = [tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl"]
+    assert "--prompt chosen" in prepared(*words, code=2)
+    assert "ignored columns: source (1 rows)" in prepared(*words, "--prompt", "chosen")
+    (got,) = data.load_preferences(tmp_path / "out.jsonl")
+    assert (got.prompt, got.chosen, got.rejected) == ("What is it?", " yes", " no")
+
+
+def test_what_json_has_no_form_for_becomes_text(tmp_path):
+    found, _ = convert(GARDA | {"prompt": [ASKED[0] | {"at": date(2024, 1, 2)}]}, "FILE:1")
+    assert json.loads(line_of(found))["prompt"][0]["at"] == "2024-01-02"
 
 
 def test_the_user_names_the_column_that_asks(tmp_path):

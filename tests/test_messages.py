@@ -7,7 +7,7 @@ import pytest
 
 from data import load_tokenizer
 from formats.chat_template import read_template_file, render_chat_template
-from formats.messages import messages_of
+from formats.messages import messages_of, says, tools_of
 from formats.rows import load_preferences, warnings_of
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -23,6 +23,13 @@ SPELLINGS = {
     "JSON text": json.dumps([Q, A]),
     "JSON text of an object": json.dumps({"messages": [Q, A]}),
     "Python's repr": repr([Q, A]),
+    "numpy's repr": "[" + repr(Q) + "\n " + repr(A) + "]",
+    "JSON text of a list for each key": '{"role": ["user", "assistant"], "content": ["q", "a"]}',
+    "JSON text of ShareGPT": json.dumps({"conversations": [{"from": "human", "value": "q"}, A]}),
+    "the other spelling beside an empty one": [
+        {"role": "user", "content": "", "value": "q"},
+        A | {"value": None},
+    ],
     "parts": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, A],
     "nulls, as parquet has them": [Q | {"tool_calls": None, "name": None}, A | {"tool_calls": []}],
     "an empty system message": [{"role": "system", "content": None}, Q, A],
@@ -55,6 +62,51 @@ def test_other_keys_stay_and_calls_are_objects():
     ]
 
 
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (
+            {"system": "Be brief.", "messages": [Q, A]},
+            "system must stand in the row, not in",
+        ),
+        ({"messages": [Q], "tools": [CALL]}, "tools must stand in the row"),
+        ([Q | {"content": [{"type": "image", "image": "x", "text": ""}]}], "not text: image"),
+        (
+            [Q | {"content": [{"type": "text", "text": "a", "image_url": "x"}]}],
+            "not text: image_url",
+        ),
+        ([Q | {"content": [{"type": "thinking", "thinking": "hm", "text": ""}]}], "thinking"),
+        ([Q | {"content": [{"type": "input_audio", "text": "x"}]}], "input_audio"),
+        (r'[{"role": "user", "content": "\ud800"}]', "surrogates not allowed"),
+    ],
+)
+def test_what_would_be_lost_is_refused(value, words):
+    with pytest.raises(ValueError, match=words):
+        messages_of(value)
+
+
+def test_tools_in_their_spellings():
+    """JSON text, JSON texts in a list, Python's repr; nothing is no tools."""
+    for value in (json.dumps([CALL]), [json.dumps(CALL)], repr([CALL]), [CALL]):
+        assert tools_of(value) == [CALL]
+    for value in (None, "", "  ", [], "[]"):
+        assert tools_of(value) is None
+
+
+def test_calls_and_their_answers_in_other_spellings():
+    calls = {"from": "function_call", "value": json.dumps([CALL["function"]] * 2)}
+    assert messages_of([calls])[0]["tool_calls"] == [CALL] * 2
+    for given in (json.dumps([CALL]), [json.dumps(CALL)]):
+        (got,) = messages_of([{"role": "assistant", "content": "", "tool_calls": given}])
+        assert got["tool_calls"] == [CALL]
+    bare = {"name": "weather", "arguments": '{"city": "Lima"}'}
+    (got,) = messages_of([{"role": "assistant", "content": "", "tool_calls": [bare]}])
+    assert got["tool_calls"][0]["arguments"] == {"city": "Lima"}
+    assert messages_of([{"role": "tool", "content": {"temp": 3}}])[0]["content"] == '{"temp": 3}'
+    kept = {"role": "system", "content": "", "functions": "[]x"}
+    assert messages_of([kept]) == [kept]
+
+
 def rows(tmp_path, *objects):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, objects)))
@@ -72,6 +124,38 @@ def test_messages_beside_answers_are_the_prompt(tmp_path):
     for key in ("messages", "conversations"):
         (row,) = rows(tmp_path, {key: [Q], "chosen": [A], "rejected": [A | {"content": "b"}]})
         assert row.prompt == [Q] and row.chosen == [A]
+
+
+def test_one_answer_in_json_among_texts_is_text(tmp_path):
+    """As one that shows what messages look like; and it is said."""
+    shown = json.dumps([Q, A])
+    loaded = rows(tmp_path, {"prompt": "q", "chosen": shown, "rejected": "Sorry."})
+    assert loaded[0].chosen == shown
+    (line,) = [line for line in warnings_of(loaded) if "look like messages" in line]
+    assert line.startswith("warning: 1 of 1 rows")
+
+
+def test_columns_beside_whole_dialogues_do_not_matter(tmp_path):
+    """Another dialogue, a part of it, or an empty one; ids and notes of messages may differ."""
+    worse = [Q | {"id": "7"}, A | {"content": "b"}]
+    whole = {"chosen": [Q | {"id": "1"}, A], "rejected": worse}
+    for more, ignored in (
+        ({"messages": [Q, A | {"content": "another"}]}, ("messages",)),
+        ({"messages": [Q, A]}, ()),
+        ({"prompt": []}, ()),
+        ({"conversations": []}, ()),
+        ({"prompt": [Q]}, ()),
+    ):
+        (row,) = rows(tmp_path, whole | more)
+        assert (row.prompt[0]["content"], row.chosen, row.rejected) == ("q", [A], worse[1:])
+        assert row.ignored == ignored, more
+    longer = {key: [Q, A, *side] for key, side in whole.items()}
+    assert len(rows(tmp_path, longer | {"prompt": [Q]})[0].prompt) == 3
+
+
+def test_notes_say_nothing():
+    assert not says({"role": "assistant", "content": " ", "model": "gpt-4"})
+    assert says({"role": "assistant", "content": None, "tool_calls": [CALL]})
 
 
 @pytest.mark.parametrize(

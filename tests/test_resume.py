@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -202,6 +203,59 @@ def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_what_schedulers_send_stops_in_order_also_when_it_comes_twice(
+    name, arguments, whole, tmp_path
+):
+    number = signal.Signals[name]
+    stopped = interrupted("train.training_step", 5, number, arguments, times=2)
+    assert stopped.returncode == 128 + number, stopped.stderr
+    assert f"{name}: stopped after step 5 of 12; continue with --resume" in stopped.stdout
+    assert stopped.stderr.count(f"{name}: finishing this step, then saving") == 1
+    if name == "SIGTERM":
+        assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", (whole.rows, whole.out))
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(arguments, tmp_path):
+    code = f"import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{DRIVER}"
+    words = [sys.executable, "-c", code, "train.training_step", "3", str(int(signal.SIGHUP)), "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*words, *arguments], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "model").is_dir()
+
+
+@pytest.mark.parametrize("step", [0, 4, 12])
+def test_a_stop_within_an_evaluation_does_not_wait_for_it(
+    step, arguments, evaluated, tmp_path, monkeypatch, capsys
+):
+    """The checkpoint is there already, and the evaluation is made up for by --resume."""
+    arguments += ["--eval-every", "4", "--save-every", "0"]
+    evaluate, seen = train.evaluate, []
+
+    def signalled(model, pairs, config, may_stop):
+        seen.append(len(seen) * 4)
+        if seen[-1] == step:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(model, pairs, config, may_stop)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train, "evaluate", signalled)
+        run(arguments)
+    assert stopped.value.code == 128 + signal.SIGTERM and seen[-1] == step
+    assert f"stopped after step {step} of 12" in capsys.readouterr().out
+    left = sorted(folder.name for folder in (tmp_path / "out").glob("checkpoints/*"))
+    assert left == ([f"step-{step:08d}"] if step else [])
+    assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", evaluated)
+
+
+def test_outside_of_the_main_thread_a_run_runs(arguments, tmp_path):
+    """As in a web server: there no signal can be handled."""
+    thread = threading.Thread(target=train.main, args=[[*arguments, "--max-steps", "2"]])
+    thread.start()
+    thread.join()
+    assert (tmp_path / "out" / "finished").exists()
+
+
 @pytest.mark.parametrize("target", ["train.load_inputs", "run.saving.save_model"])
 def test_ctrl_c_outside_of_the_loop_is_one_line(arguments, tmp_path, target):
     stopped = interrupted(target, 1, signal.SIGINT, [*arguments, "--max-steps", "1"])
@@ -283,8 +337,8 @@ def test_settings_that_do_not_change_the_steps_may_change(moved, capsys, nothing
 def test_a_path_may_be_spelled_in_another_way(
     folder, moved, tmp_path, capsys, monkeypatch, nothing_loaded
 ):
-    """As OUT/config.json has it, and relative to the folder in which one is."""
-    train.main(["--config", str(tmp_path / "out" / "config.json"), *moved[-3:]])
+    """As OUT/run.json has it, and relative to the folder in which one is."""
+    train.main(["--config", str(tmp_path / "out" / "run.json"), *moved[-3:]])
     monkeypatch.chdir(folder)
     (tmp_path / "link").symlink_to(folder)
     train.main([*moved, "--model", "model", "--data", str(tmp_path / "link" / "train.jsonl")])
@@ -312,7 +366,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(
     ]
     (tmp_path / "out").mkdir()
     settings = json.dumps(settings_of(train.parse(arguments)))
-    (tmp_path / "out" / "config.json").write_text(settings)
+    (tmp_path / "out" / "run.json").write_text(settings)
     (tmp_path / "out" / "finished").write_text("12\n")
     message = fails(capsys, [*arguments, "--max-steps", "13"])
     assert f"has no checkpoint; train longer by a new run with --model {tmp_path}/out" in message
@@ -362,8 +416,8 @@ def test_the_last_step_leaves_a_checkpoint(whole):
         ("__0_0.distcp", Path.unlink),
         (".metadata", truncate),
         (".metadata", lambda file: file.write_bytes(b"?" * 99)),
-        ("config.json", truncate),
-        ("config.json", Path.unlink),
+        ("run.json", truncate),
+        ("run.json", Path.unlink),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
@@ -441,7 +495,7 @@ def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
     reason = f"{out}/best: not written: No space left on device; fix this, then continue with --res"
     assert reason in fails(capsys, arguments)
     assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == 3
-    assert sorted(file.name for file in out.iterdir()) == ["best", "config.json", "metrics.jsonl"]
+    assert sorted(file.name for file in out.iterdir()) == ["best", "metrics.jsonl", "run.json"]
 
 
 def test_a_full_disk_while_the_model_is_written_loses_no_step(
@@ -472,7 +526,7 @@ def test_a_full_disk_for_the_last_checkpoint_alone_still_gives_the_model(
 
 def test_a_full_disk_for_the_rows_names_their_file(arguments, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "metrics.jsonl").write_text(" " * 100_000)
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 0}\n' + " " * 100_000)
     with full_disk(monkeypatch, "run.log.write_row", 1), monkeypatch.context() as patch:
         patch.setattr(train, "begin_folder", lambda *args: None)
         message = fails(capsys, arguments)
@@ -518,7 +572,7 @@ def test_a_run_keeps_the_day_of_its_first_start(dated, tmp_path, monkeypatch, ca
     on("2024-03-01", monkeypatch)
     resumed = run(dated, "--max-steps", "6", "--resume")
     assert steps(resumed) == steps(whole)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["date"] == "2024-02-28"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["date"] == "2024-02-28"
     again = [*dated, "--max-steps", "8", "--resume", "--date", "2024-03-01"]
     assert "date was '2024-02-28' in" in fails(capsys, again)
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from formats.files import read_json
 from formats.weights import read_weights, write_weights
 from model import ModelConfig, Transformer
 from run.flags import page_parser
-from run.folder import replaced
+from run.folder import read_settings, replaced
 from run.lora import add_lora, merge_adapter
 from run.saving import first_line
 
@@ -30,7 +29,7 @@ def export(step: Path, out: Path, base: Path | None = None):
         raise ValueError(f"{step}: {reason}; name a folder such as OUT/checkpoints/step-00000500")
     if out.exists():
         raise ValueError(f"--out {out}: exists; name a new folder")
-    settings, config = read_json(step / "config.json"), ModelConfig.from_json(config_file)
+    settings, config = read_settings(step) or {}, ModelConfig.from_json(config_file)
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"):  # which names and shapes there are
         model = Transformer(config)

@@ -5,10 +5,11 @@ A form is recognised by its columns. READERS turn the special ones into prompt, 
 `history` go in front of them, `input` after an instruction. docs/recipes.md has them as a table.
 """
 
+import math
 import re
 
-from formats.messages import messages_of
-from formats.rows import Preference, preference
+from formats.messages import messages_of, tools_of
+from formats.rows import Preference, preference, read_answers
 
 # The columns of the better and the worse answer, where they have other names.
 ANSWERS = {
@@ -36,22 +37,38 @@ def convert(row, where: str, column: str | None = None) -> tuple[Preference, str
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
     row, form = {key: value for key, value in row.items() if value is not None}, ""
-    if column and column not in row:
-        raise ValueError(f"--prompt names the column {column}, and the row has none")
+    if column and not row.get(column):
+        has = "is empty" if column in row else "the row has none"
+        raise ValueError(f"--prompt names the column {column}, and {has}")
     if not {"chosen", "rejected"} & row.keys():
         row, form = read_form(row)
-    row |= {key: messages_of(row[key]) for key in ("chosen", "rejected") if key in row}
-    if all(is_hh(row.get(key)) for key in ("chosen", "rejected")):
+    if {"chosen", "rejected"} <= row.keys():
+        row |= dict(zip(("chosen", "rejected"), read_answers(row), strict=True))
+    sides = row.get("chosen"), row.get("rejected")
+    if all(map(is_hh if row.get("prompt") else begins_as_hh, sides)):
         row |= {key: hh_dialogue(row[key]) for key in ("chosen", "rejected")}
         check_hh(row["chosen"], row["rejected"])
         form = form or "dialogues as text (HH-RLHF)"
-    row, made = ask(row, column)
-    found = preference(row, where)
+    if column == "chosen":  # both answers begin with the question
+        known = {key: row[key] for key in ("chosen", "rejected", "accept", "tools") if key in row}
+        found, made = preference(known, where), ""
+        found = found._replace(ignored=tuple(key for key in row if key not in known))
+    else:
+        before = row.get("prompt")
+        row, made = ask(row, column)
+        found = preference(row, where)
+        if column not in (None, "prompt") and before not in ("", None, asked_of(found)):
+            found = found._replace(ignored=("prompt", *found.ignored))
     form = form or made or ("strings" if isinstance(found.prompt, str) else "messages")
     if is_list(found.prompt):
         found, used = with_earlier(found, row)
         form += f", after {' and '.join(used)}" if used else ""
     return found, form
+
+
+def asked_of(row: Preference):
+    """The prompt, or the text of its last message."""
+    return row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
 
 
 def ask(row: dict, column: str | None) -> tuple[dict, str]:
@@ -67,9 +84,9 @@ def ask(row: dict, column: str | None) -> tuple[dict, str]:
     if isinstance(prompt, str) and is_hh(prompt) and (texts or last_answers):
         prompt = hh_dialogue(prompt)
         prompt = prompt if prompt[-1]["content"] else prompt[:-1]  # "Assistant:" asks for more
-        sides = tuple(side.strip() if texts else side for side in sides)
+        sides = tuple(hh_text(side) if texts else side for side in sides)
         form = "a dialogue as text (HH-RLHF) and its answers"
-    chat = bool(row.get("system") or row.get("history") or row.get("tools"))
+    chat = bool(row.get("system") or row.get("history") or tools_of(row.get("tools")))
     if isinstance(prompt, str) and (last_answers or (texts and (name != "prompt" or chat))):
         form = f"{name} as the user's message"
         if name != "input" and isinstance(more := row.get("input"), str):
@@ -133,8 +150,18 @@ def turns_of(history) -> list[dict] | None:
 # HH-RLHF: a dialogue is one text.
 
 
-def is_hh(value) -> bool:
+def begins_as_hh(value) -> bool:
     return isinstance(value, str) and re.match(r"\s*Human:", value) is not None
+
+
+def is_hh(value) -> bool:
+    """Whether a text is a dialogue, and does not only begin with the word."""
+    return begins_as_hh(value) and "\n\nAssistant:" in value
+
+
+def hh_text(said: str) -> str:
+    """What is said, without the space and the newlines around it; an indentation stays."""
+    return said.removeprefix(" ").strip("\n").rstrip()
 
 
 def hh_dialogue(text: str) -> list[dict]:
@@ -142,7 +169,7 @@ def hh_dialogue(text: str) -> list[dict]:
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
     roles = {"Human": "user", "Assistant": "assistant"}
     said = zip(parts[1::2], parts[2::2], strict=True)
-    messages = [{"role": roles[role], "content": text.strip()} for role, text in said]
+    messages = [{"role": roles[role], "content": hh_text(text)} for role, text in said]
     in_turn = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
     if parts[0].strip() or not in_turn:
         raise ValueError("turns are not Human, Assistant, ...")
@@ -167,7 +194,7 @@ def read_form(row: dict) -> tuple[dict, str]:
         if columns <= row.keys():
             try:
                 made = reader(row)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
+            except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 problem = f"{type(error).__name__}: {error!s:.60}"
                 raise ValueError(
                     f"its columns are those of {name}, its values are not: {problem}"
@@ -190,16 +217,29 @@ def of_two(first, second, preference: float) -> dict:
 
 def number(value) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"a rating is not a number but {value!r:.40}") from None
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"a rating is not a number but {value!r:.40}")
+    return found
+
+
+def index(value) -> int:
+    """Which of two answers is the better one."""
+    if number(value) == 0.5:
+        raise ValueError("both answers are rated alike")
+    if number(value) not in (0, 1):
+        raise ValueError(f"the better answer must be 0 or 1, not {value!r:.40}")
+    return int(value)
 
 
 def best_and_worst(answers: list, text: str, score: str, sign: int = 1) -> dict:
     """Of several answers with scores: the pair whose difference is the largest."""
-    rated = [(sign * number(answer.get(score)), answer[text]) for answer in answers]
+    known = [answer for answer in answers if answer.get(score) is not None]
+    rated = [(sign * number(answer[score]), answer[text]) for answer in known]
     if len(rated) < 2:
-        raise ValueError("fewer than two answers")
+        raise ValueError("fewer than two answers with a rating")
     (high, best), (low, worst) = max(rated, key=first_of), min(rated, key=first_of)
     return of_two(best, worst, low - high)
 
@@ -210,7 +250,7 @@ def first_of(rated: tuple):
 
 def openai(row: dict) -> dict:
     asked = row["input"]
-    more = {"tools": asked["tools"]} if asked.get("tools") else {}
+    more = {key: value for key, value in asked.items() if key != "messages"}
     return {
         "prompt": asked["messages"],
         "chosen": row["preferred_output"],
@@ -232,15 +272,17 @@ def summaries(row: dict) -> dict:
         title = f"SUBREDDIT: r/{info['subreddit']}\n\n" + title
     post = info.get("post") or info.get("article") or ""
     prompt = f"{title}POST: {post.strip()}\n\nTL;DR:"
-    return {"prompt": prompt} | of_two(first, second, 2 * row["choice"] - 1)
+    return {"prompt": prompt} | of_two(first, second, 2 * index(row["choice"]) - 1)
 
 
 def judged(row: dict) -> dict:
-    """MT-Bench and the chatbot arena: two dialogues of `turn` questions, and who won."""
+    """MT-Bench, the chatbot arena: two dialogues, of which `turn` questions count, and who won."""
     if row["winner"] not in ("model_a", "model_b"):
         raise ValueError("both answers are rated alike")
-    n = 2 * int(row.get("turn", 1))
-    dialogues = [messages_of(row[key])[:n] for key in ("conversation_a", "conversation_b")]
+    dialogues = [messages_of(row[key]) for key in ("conversation_a", "conversation_b")]
+    if "turn" in row:
+        n = 2 * int(number(row["turn"])) + (dialogues[0][0]["role"] == "system")
+        dialogues = [dialogue[:n] for dialogue in dialogues]
     if dialogues[0][:-1] != dialogues[1][:-1]:
         raise ValueError("dialogues part before the last answer")
     return of_two(*dialogues, -1 if row["winner"] == "model_a" else 1)
@@ -260,7 +302,7 @@ def alpaca_outputs(row: dict) -> dict:
 
 
 def pku(row: dict) -> dict:
-    answers, better = (row["response_0"], row["response_1"]), number(row["better_response_id"])
+    answers, better = (row["response_0"], row["response_1"]), index(row["better_response_id"])
     return {"question": row["prompt"]} | of_two(*answers, 2 * better - 1)
 
 
@@ -276,18 +318,13 @@ READERS = {
     "messages and rejected_response (ms-swift)": ({"messages", "rejected_response"}, swift),
     "better_response_id (PKU-SafeRLHF)": (
         {"prompt", "response_0", "response_1", "better_response_id"},
-        lambda row: (
-            {"question": row["prompt"]}
-            | of_two(
-                row["response_0"], row["response_1"], 2 * number(row["better_response_id"]) - 1
-            )
-        ),
+        pku,
     ),
     "labels (SHP)": (
         {"history", "human_ref_A", "human_ref_B", "labels"},
         lambda row: (
             {"question": row["history"]}
-            | of_two(row["human_ref_A"], row["human_ref_B"], 1 - 2 * number(row["labels"]))
+            | of_two(row["human_ref_A"], row["human_ref_B"], 1 - 2 * index(row["labels"]))
         ),
     ),
     "summaries and choice (Summarize-from-feedback)": ({"info", "summaries", "choice"}, summaries),

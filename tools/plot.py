@@ -9,10 +9,11 @@ was evaluated at three steps or more has its bold lines through the dots.
 """
 
 import argparse
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from run.folder import read_rows
 
 GREY = "#808080"  # readable on white and on black, as is no background at all
 CHOSEN, REJECTED, OTHER = "#2a9d5c", "#d1495b", "#3d7ebf"
@@ -20,11 +21,12 @@ RUNS = (OTHER, "#d17b1f", CHOSEN, "#a05fb4")
 
 
 def read(out: Path) -> list[dict]:
-    """The rows of a run. Raises FileNotFoundError, ValueError."""
+    """The rows of a run, also of one that is going or was killed. Raises FileNotFoundError,
+    ValueError."""
     file = out / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; train.py writes it into its --out")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(out)
     if not any("loss" in row for row in rows):
         raise ValueError(f"{file}: no training step in it")
     return rows
@@ -148,11 +150,15 @@ def main():
         names = [out.name for out in args.out[:4]]
         same = len(set(names)) < len(names)  # a/run and b/run need their whole paths
         runs = {str(out) if same else out.name: read(out) for out in args.out[:4]}
+        file = args.save or args.out[0] / "curves.svg"
+        if file.suffix not in (".svg", ".png"):
+            raise ValueError(f"--save {file}: must end in .svg or .png")
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"--save {file}: there is no folder {file.parent}")
+        draw(runs, file)
     except (OSError, ValueError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         sys.exit(2)
-    file = args.save or args.out[0] / "curves.svg"
-    draw(runs, file)
     print(f"wrote {file}")
 
 

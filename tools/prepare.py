@@ -125,11 +125,12 @@ def without_nulls(value):
 
 
 def line_of(row: Preference) -> bytes:
-    """Raises ValueError where a text has half a surrogate pair, which is nothing in UTF-8."""
+    """A date, or another value that JSON has no form for, becomes text. Raises ValueError where a
+    text has half a surrogate pair, which is nothing in UTF-8."""
     kept = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
     kept |= {"accept": row.accept, "tools": row.tools}
     kept = {key: value for key, value in kept.items() if value is not None}
-    return json.dumps(kept, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(kept, ensure_ascii=False, default=str).encode() + b"\n"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,7 +140,8 @@ def main(argv=None):
     parser = page_parser(__doc__, "prepare.py")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN")
     parser.add_argument("--out", required=True, type=Path, metavar="PAIRS.jsonl")
-    parser.add_argument("--prompt", metavar="COLUMN", help="the column that asks")
+    about = "the column that asks; chosen: both answers begin with the question"
+    parser.add_argument("--prompt", metavar="COLUMN", help=about)
     parser.add_argument("--split", help='of a folder (default: "train", or the only one)')
     args = parser.parse_args(argv)
     try:

@@ -64,11 +64,17 @@ def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:
 def read_questions(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8")
     whole = text.lstrip().startswith("[")
-    rows = json.loads(text) if whole else [json.loads(x) for x in text.splitlines() if x.strip()]
+    try:
+        rows = (
+            json.loads(text) if whole else [json.loads(x) for x in text.splitlines() if x.strip()]
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: neither JSON nor JSON Lines: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: no questions in it")
+    keys = {"instruction", "prompt", "question", "turns"}
     for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {"instruction", "prompt", "question", "turns"} & set(
-            row
-        ):
+        if not isinstance(row, dict) or not keys & set(row):
             raise ValueError(f"{path}: row {i} has no instruction, prompt, question or turns")
     return rows
 
@@ -166,6 +172,8 @@ def main():
         rows = read_questions(args.file) if args.file else []
         if bool(args.file) != bool(args.out):
             raise ValueError("--file and --out belong together")
+        if args.out and not args.out.absolute().parent.is_dir():
+            raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     except (OSError, ValueError) as error:
         complain(error)
         sys.exit(2)
