@@ -60,18 +60,18 @@ from run.log import HostCopy, Log, NotFinite, check_updates, due, n_updates
 from run.lora import add_lora
 from run.plan import (
     Plan,
-    gigabytes,
     make_plan,
     out_of_memory_advice,
-    peak_memory_gb,
     tell,
     tell_model,
     tell_overlap,
+    tell_peak,
 )
 from run.printing import steady_streams
 from run.processes import (
     Stopped,
     check_stopped,
+    give_back_memory,
     is_of_peers,
     pick_device,
     rank,
@@ -144,6 +144,7 @@ def pack(pairs: list[Pair], config: TrainConfig, share: bool = True) -> list[Bat
 
 def forward(model: Transformer, batch: Batch, lam: float) -> ORPOOutput:
     """The loss of one micro-batch, as its share of the step's."""
+    give_back_memory()
     b = batch.to(model.device)
     hidden = model.hidden_states(b.tokens, b.positions, b.segments)  # (N, D)
     hidden, lm_head = model.projection(hidden.index_select(0, b.predict))  # (P, D), (V, D)
@@ -401,11 +402,7 @@ def try_largest(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
         for batch in pack(plan.largest, config, share=False):
             forward(model, batch, config.lam).loss.backward()
     optimizer.zero_grad(set_to_none=True)
-    text = f"{peak_memory_gb(model.device):.2f} GB at the most in a step"
-    if model.device.type == "cuda":
-        total = torch.cuda.get_device_properties(model.device).total_memory
-        text += f", of {gigabytes(total)}"
-    tell("", text)
+    tell_peak(model.device)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from model import ModelConfig, Transformer, trainable
 from run.flags import TrainConfig
 from run.folder import existing_parent
 from run.lora import add_lora, lora_layers
-from run.processes import world_size
+from run.processes import remember_peak, world_size
 
 
 class Plan(NamedTuple):
@@ -181,6 +181,17 @@ def peak_memory_gb(device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
+
+
+def tell_peak(device):
+    """Says what the largest micro-batch took, which no step exceeds."""
+    peak = peak_memory_gb(device)
+    text = f"{peak:.2f} GB at the most in a step"
+    if device.type == "cuda":
+        text += f", of {gigabytes(torch.cuda.get_device_properties(device).total_memory)}"
+    else:
+        remember_peak(peak * 2**30)
+    tell("", text)
 
 
 @contextlib.contextmanager
