@@ -145,6 +145,14 @@ FORMS = {  # what: (the row, the row as written)
         GARDA,
     ),
     "HH's prompt apart": ({"prompt": HH, "chosen": " Garda.", "rejected": " No."}, GARDA),
+    "dialogues beside the answer that was published first": (
+        {
+            "messages": ASKED + messages("a:Water."),
+            "chosen": ASKED + GARDA["chosen"],
+            "rejected": ASKED + GARDA["rejected"],
+        },
+        GARDA,
+    ),
     "a query": ({"query": "Name a lake."} | answers("chosen", "rejected"), GARDA),
     "ShareGPT with tools": (
         {
@@ -213,6 +221,11 @@ def test_a_tie_is_no_pair(what):
         (
             {"prompt": "q", "completion": "a", "label": True},
             "completion and label are unpaired ratings, as KTO takes them",
+        ),
+        ({"conversations": ASKED, "label": True}, "completion and label are unpaired ratings"),
+        (
+            {"instruction": "q", "x": 1},
+            "neither chosen nor rejected is among the row's keys: ['ins",
         ),
         (GARDA | {"images": ["a.jpg"]}, "images is not text"),
         ({"instruction": "q", "output": "a"}, "output is one answer; chosen and rejected are need"),

@@ -42,6 +42,8 @@ def convert(row, where: str, column: str | None = None) -> tuple[Preference, str
         raise ValueError(f"--prompt names the column {column}, and {has}")
     if not {"chosen", "rejected"} & row.keys():
         row, form = read_form(row)
+    if not {"chosen", "rejected"} & row.keys():
+        return preference(row, where), ""  # which says why this is no pair
     if {"chosen", "rejected"} <= row.keys():
         row |= dict(zip(("chosen", "rejected"), read_answers(row), strict=True))
     sides = row.get("chosen"), row.get("rejected")
@@ -58,6 +60,7 @@ def convert(row, where: str, column: str | None = None) -> tuple[Preference, str
         row, made = ask(row, column)
         found = preference(row, where)
         if column not in (None, "prompt") and before not in ("", None, asked_of(found)):
+            # replaced by the column that the user names
             found = found._replace(ignored=("prompt", *found.ignored))
     form = form or made or ("strings" if isinstance(found.prompt, str) else "messages")
     if is_list(found.prompt):
@@ -73,11 +76,13 @@ def asked_of(row: Preference):
 
 def ask(row: dict, column: str | None) -> tuple[dict, str]:
     """The row with a prompt of messages where its answers are, and how that was made, in words.
-    Strings with a `prompt` stay strings, and so does a row without anything that asks."""
+    Strings with a `prompt` stay strings. Whole dialogues, and rows without anything that asks, stay
+    as they are."""
     sides = row.get("chosen"), row.get("rejected")
     texts = all(isinstance(side, str) for side in sides)
     last_answers = all(isinstance(side, list) and len(side) == 1 for side in sides)
-    name, prompt = asking(row, column)
+    whole = all(isinstance(side, list) and len(side) > 1 for side in sides)
+    name, prompt = (None, None) if whole and not column else asking(row, column)
     if name is None:
         return row, ""
     form = ""
