@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data import (
@@ -100,10 +101,15 @@ def tell_model(model: Transformer, config: TrainConfig):
         tell("", f"this machine is busy (load {load:.0f} on {cores} cores): {advice}")
 
 
+def bytes_of(pair: Pair) -> bytes:
+    """The prompt, as something that a set can hold."""
+    return np.asarray(pair.prompt, np.int32).tobytes()
+
+
 def tell_overlap(pairs: list[Pair], eval_pairs: list[Pair]):
     """Says how many held-out pairs have a prompt that is trained on."""
-    trained = {pair.prompt.tobytes() for pair in pairs}
-    if n := sum(pair.prompt.tobytes() in trained for pair in eval_pairs):
+    trained = {bytes_of(pair) for pair in pairs}
+    if n := sum(bytes_of(pair) in trained for pair in eval_pairs):
         text = f"{n} of {len(eval_pairs)} pairs have a prompt that is trained on"
         tell("", f"warning: {text}: they are not held out")
 

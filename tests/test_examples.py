@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 from tools import prepare
+from tools.sample import stream
 
 ROOT = Path(data.__file__).resolve().parent
 BASE = ROOT / "examples" / "facts" / "base"
@@ -289,6 +291,20 @@ def test_sample_writes_alpacaeval_and_mt_bench_files(tmp_path):
     assert (judged["question_id"], judged["model_id"]) == (81, "tiny")
     turns = judged["choices"][0]["turns"]
     assert len(turns) == 2 and turns[0] == alpaca[0]["output"]
+
+
+def test_a_streamed_answer_ends_with_the_turn(tiny_tokenizer, capsys):
+    """Also where what ends a turn is not EOS, as <|im_end|> of many base models."""
+    tokenizer = data.load_tokenizer(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
+    said = tokenizer.encode("hello", continuation=True)
+
+    class Model:
+        def stream(self, prompts, max_new, **sampling):
+            yield from map(torch.tensor, [*said, tokenizer.bos_id, *said])
+
+    assert stream(Model(), tokenizer, tokenizer.encode("q"), 99) == "hello"
+    assert capsys.readouterr().out == "hello\n"
 
 
 def test_sample_says_what_is_wrong_with_its_input(tmp_path):

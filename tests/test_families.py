@@ -12,6 +12,7 @@ import torch
 import orpo
 import train
 from data import Pair, micro_batches
+from formats.config import write_config
 from formats.families import FAMILIES
 from formats.weights import write_safetensors
 from model import ModelConfig, Norm, Transformer
@@ -368,3 +369,17 @@ def test_phi_4_is_a_phi_3(tmp_path):
     with torch.device("meta"):
         n = sum(p.numel() for p in Transformer(config).parameters())
     assert n == pytest.approx(14.66e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3"])
+def test_windows_that_are_switched_off_are_none(model_type, tmp_path):
+    keys = {"sliding_window": 7, "max_window_layers": 0, "num_key_value_heads": 4}
+    assert config_of(tmp_path, model_type, **keys, use_sliding_window=False).windows == [None] * 5
+
+
+def test_the_dtype_has_one_name_in_what_is_written(tmp_path):
+    """A config.json of transformers 5 says dtype, and the model is stored in another one."""
+    config = config_of(tmp_path, "llama", dtype="float32")
+    write_config(tmp_path, config, torch.bfloat16)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["torch_dtype"] == "bfloat16" and saved.get("dtype", "bfloat16") == "bfloat16"

@@ -339,6 +339,12 @@ def test_scores_that_contradict_the_order_are_counted(tmp_path):
         assert f"warning: 1 {words} (first: {tmp_path / 'rows.jsonl'}:{line})" in printed
 
 
+def test_a_system_column_beside_a_system_message_is_not_used_and_named():
+    row = GARDA | {"prompt": BRIEF + ASKED, "system": "Be long and detailed."}
+    found, _ = convert(row, "FILE:1")
+    assert found.prompt == BRIEF + ASKED and found.ignored == ("system",)
+
+
 def test_the_table_of_forms_is_this_one():
     """docs/recipes.md names every reader, as prepare.py prints it."""
     text = RECIPES.read_text(encoding="utf-8")

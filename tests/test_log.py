@@ -4,12 +4,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import data
 import train
 from data import step_pairs
 from run.folder import read_rows
-from tests.runs import METRICS, run, steps
+from run.log import Log
+from run.plan import Plan
+from tests.runs import CLOCKS, METRICS, run, steps
+from tests.small import random_model, random_pairs
 
 
 def test_every_step_has_one_row_with_every_metric(whole):
@@ -71,3 +75,18 @@ def test_tokens_per_second_are_of_all_steps_since_the_row_before_and_of_no_evalu
         n_tokens = sum(sum(pair.lengths) for step in two for pair in step)
         assert row["tokens_per_second"] == pytest.approx(n_tokens / 4)
     assert [row["step"] for row in rows] == [2, 4, 6] and clock[0] == 3012
+
+
+def test_the_time_left_is_that_of_this_start(monkeypatch, tmp_path, capsys):
+    """Resumed after step 100 of 200, two seconds a step: after 3 steps 194 s are left."""
+    seconds = [0.0]
+    clock = SimpleNamespace(**vars(time) | {"perf_counter": lambda: seconds[0]})
+    monkeypatch.setattr("run.log.time", clock)
+    model = random_model(torch.float32)
+    log = Log(tmp_path, model, 100, Plan(200, 10, [], False), train.TrainConfig())
+    row = dict.fromkeys(METRICS - {"step"} - CLOCKS, torch.zeros(()))
+    for step in (101, 102, 103):
+        seconds[0] += 2
+        log.step(step, random_pairs([(3, 2, 2)]), row | {"updates": torch.tensor(step)}, 0.1)
+    assert "after 3 steps: about 0:03:14 left" in capsys.readouterr().out
+    log.close()

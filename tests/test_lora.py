@@ -336,3 +336,12 @@ def test_two_processes_equal_one(folder, tmp_path):
         rows.append(launch(n, [*files(folder), *UNEVEN, *LORA, *out])[0])
     compare(*rows, rel=2e-5)
     compare_models(tmp_path / "1", tmp_path / "2", 1e-5)
+
+
+def test_a_begins_with_numbers_up_to_the_root_of_its_inputs():
+    """As torch.nn.Linear's; seen where a projection is not square."""
+    model = tiny(hidden_dim=200)
+    add_lora(model, 8, 16.0)
+    for layer in lora_layers(model).values():
+        bound = layer.in_features**-0.5
+        assert 0.9 * bound < layer.lora_A.abs().max() <= bound and not layer.lora_B.any()

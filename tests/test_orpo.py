@@ -740,3 +740,22 @@ def test_loss_and_gradient_are_finite_at_any_lead(lead, dtype):
             assert grad.abs().max() <= 1.01 * (1 / 3 + 1), (chosen, rejected)
             if lead < 1e30:  # the product of a gradient and a logit of 1e30 may leave the range
                 assert grad_lm_head.isfinite().all(), (chosen, rejected)
+
+
+def test_a_process_without_pairs_has_gradients_too():
+    """Zeros, to which the other processes' are added; lm_head may be a weight of its own."""
+    empty = torch.zeros(0, dtype=torch.int64)
+    hidden, lm_head = torch.zeros(0, 4).requires_grad_(), torch.ones(7, 4).requires_grad_()
+    out = orpo.fused_linear_orpo(hidden, lm_head, empty, empty, torch.zeros(0), 0.5, 3, empty, [])
+    out.loss.backward()
+    assert out.loss == 0 and hidden.grad.shape == (0, 4)
+    assert torch.equal(lm_head.grad, torch.zeros(7, 4))
+
+
+@pytest.mark.parametrize("response", [[0, 0, 3], [1, 1, 1], [0, 1, 2], [0, 0, 2, 3]])
+def test_a_pair_that_lacks_a_response_is_refused(response):
+    """Its mean would be 0/0."""
+    n, response = len(response), torch.tensor(response)
+    rest = torch.zeros(n, dtype=torch.int64), response, torch.ones(n), 0.5, 2
+    with pytest.raises(ValueError, match="every pair needs both its responses"):
+        orpo.fused_linear_orpo(torch.ones(n, 4), torch.ones(7, 4), *rest)

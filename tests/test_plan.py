@@ -1,5 +1,6 @@
 """The plan: steps, memory, disk, and the trial of the largest micro-batch."""
 
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,10 @@ from run.plan import (
     fixed_memory,
     make_plan,
     out_of_memory_advice,
+    peak_memory_gb,
     tell_model,
+    tell_overlap,
+    time_line,
 )
 from tests.small import random_pairs, some_pairs, tiny
 
@@ -159,3 +163,42 @@ def test_the_files_of_a_run_are_as_large_as_the_plan_says(whole):
     assert n_checkpoints == 1
     # Each tensor of a checkpoint has a header, which counts where tensors are tiny.
     assert sum(file.stat().st_size for file in files) == pytest.approx(needed, rel=0.15)
+
+
+def test_the_memory_of_a_process_is_in_gigabytes():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    assert peak_memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.1)
+
+
+def test_the_planned_time_has_a_third_more_where_all_blocks_are_computed_twice():
+    """1e12 operations at 0.05 TFLOP/s are 20 s."""
+    model, config = Transformer(ModelConfig(100, 16, 4, 2, 24)), train.TrainConfig(dtype="float32")
+    for blocks, seconds in ((0, "0:01:00"), (2, "0:01:10"), (4, "0:01:20")):
+        model.checkpointed_blocks = blocks
+        assert f" {seconds} if each process does 0.05 TFLOP/s" in time_line(model, 3e12, config)
+
+
+def test_a_long_run_is_planned_from_its_first_epochs(capsys):
+    """200,000 steps of 40 pairs: what is printed is that of two epochs, and of a thousand steps."""
+    model = Transformer(ModelConfig(100, 16, 1, 2, 24))
+    pairs = random_pairs([(3, 4, 5)] * 40, vocab_size=100)
+    config = train.TrainConfig(max_steps=200_000, batch_size=8, device="cpu", dtype="float32")
+    plan = make_plan(model, SimpleNamespace(decode=lambda ids: "x"), pairs, config)
+    assert plan.n_steps == 200_000 and plan.steps_an_epoch == 5
+    assert "200000 of 8 pairs (5 an epoch), 96 tokens a step" in capsys.readouterr().out
+
+
+def test_a_warm_up_longer_than_the_run_is_said(capsys):
+    model, pairs = Transformer(ModelConfig(100, 16, 1, 2, 24)), random_pairs([(3, 4, 5)] * 8)
+    config = train.TrainConfig(max_steps=6, batch_size=4, device="cpu", warmup_steps=10)
+    config.dtype = "float32"
+    make_plan(model, SimpleNamespace(decode=lambda ids: "x"), pairs, config)
+    assert "the run ends within the warm-up, at 60% of --lr" in capsys.readouterr().out
+
+
+def test_prompts_that_are_trained_on_are_not_held_out(capsys):
+    pairs = random_pairs([(3, 2, 2)] * 4)
+    tell_overlap(pairs[:3], pairs[3:])
+    assert capsys.readouterr().out == ""
+    tell_overlap(pairs[:3], pairs[2:])
+    assert "1 of 2 pairs have a prompt that is trained on" in capsys.readouterr().out

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
+import data
 import train
 from formats.weights import write_safetensors
 from run.flags import settings_of
+from run.saving import digest
 from tests.runs import (
     ROOT,
     TWELVE_STEPS,
@@ -35,6 +37,7 @@ from tests.runs import (
     steps,
     weights,
 )
+from tests.small import random_pairs
 
 # Runs train.py, and at the n-th call of a function sends its own process a signal, as often.
 DRIVER = """
@@ -598,3 +601,35 @@ def test_an_evaluation_of_a_run_s_model_uses_its_day_and_says_so(
 def test_a_day_that_is_none_is_refused(dated, capsys):
     for day in ("today", "2024-02-30", "29.2.2024"):
         assert f"--date must be YYYY-MM-DD, not '{day}'" in fails(capsys, [*dated, "--date", day])
+
+
+# ---------------------------------------------------------------------------------------------
+# Several runs in a row.
+
+
+def test_a_finished_run_that_is_trained_longer_and_stopped_is_not_finished(arguments, tmp_path):
+    """Finish at 2 steps, resume to 12, stop, resume again: it trains on."""
+    arguments = [*arguments, "--lr-schedule", "constant", "--save-every", "2"]
+    run(arguments, "--max-steps", "2")
+    stopped = interrupted("train.training_step", 4, signal.SIGTERM, [*arguments, "--resume"])
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "out" / "finished").exists()
+    assert [row["step"] for row in steps(run(arguments, "--resume"))] == list(range(1, 13))
+
+
+def test_interrupted_then_changed_in_what_is_free_then_interrupted(arguments, evaluated, tmp_path):
+    arguments = [*arguments, "--eval-every", "4"]
+    changes = (["--save-every", "3"], ["--save-every", "5", "--keep", "1", "--log-every", "1"])
+    for n, change in zip((4, 3), changes, strict=True):
+        words = [*arguments, *change, "--resume"]
+        assert interrupted("train.training_step", n, signal.SIGUSR1, words).returncode > 128
+    assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", evaluated)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_one_other_token_is_another_data_set(part):
+    """Of the same lengths; also in the rejected answer."""
+    pairs = random_pairs([(3, 2, 2), (2, 2, 3)])
+    changed = [ids.copy() for ids in pairs[1][:3]]
+    changed[part][-1] += 1
+    assert digest(pairs) != digest([pairs[0], data.Pair(*changed)])

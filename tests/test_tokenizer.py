@@ -716,3 +716,17 @@ def test_a_large_tokenizer_json_loads_in_two_seconds(tmp_path):
     t.encode("é")  # builds the character classes
     assert time.process_time() - start < 2
     assert t.vocab_size == 256 + len(merges) > 150_000
+
+
+def test_tokenizer_config_wins_over_special_tokens_map(make_tokenizer):
+    files = {"special_tokens_map.json": {"bos_token": "<map>", "eos_token": "<map>"}}
+    files |= {"tokenizer_config.json": {"bos_token": "<config>"}}
+    t = make_tokenizer(files | {"added_tokens.json": {"<map>": 400, "<config>": 401}})
+    assert (t.bos_id, t.eos_id) == (401, 400)
+
+
+def test_merges_of_the_number_sign_are_no_comments(tmp_path):
+    vocab = byte_level(["# #"])["model"]["vocab"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n# #\n")
+    assert load_tokenizer(tmp_path).encode("##") == [vocab["##"]]

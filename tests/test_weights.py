@@ -7,6 +7,7 @@ command line passes it on is test_bad_input.py's, and random damage is test_fuzz
 import json
 import os
 import string
+from itertools import pairwise
 
 import pytest
 import torch
@@ -168,6 +169,13 @@ def test_shards_are_of_at_most_the_size_that_is_asked_for(shards):
     for file in shards[0].glob("*.safetensors"):
         tensors = tensors_of(file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 4000
+
+
+def test_shards_are_no_smaller_than_they_must_be(shards):
+    """No two neighbours would fit into one."""
+    sizes = [sum(t.nbytes for t in tensors_of(file).values())
+             for file in sorted(shards[0].glob("*.safetensors"))]  # fmt: skip
+    assert all(a + b > 4000 for a, b in pairwise(sizes))
 
 
 def test_shards_load(shards):
