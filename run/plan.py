@@ -190,13 +190,15 @@ def peak_memory_gb(device) -> float:
 
 
 def tell_peak(device):
-    """Says what the largest micro-batch took, which no step exceeds."""
+    """Says what the largest micro-batch took. No step takes more, but for the gaps that a CPU's
+    allocator leaves between buffers: up to half as much again was seen (give_back_memory)."""
     peak = peak_memory_gb(device)
     text = f"{peak:.2f} GB at the most in a step"
     if device.type == "cuda":
         text += f", of {gigabytes(torch.cuda.get_device_properties(device).total_memory)}"
     else:
         remember_peak(peak * 2**30)
+        text += ", and up to half as much again in gaps between buffers"
     tell("", text)
 
 
