@@ -107,7 +107,7 @@ def left_out(messages: list[dict], text: str) -> list[str]:
     and then taken out of the text, so that a short one is not found inside another message.
     """
     parts = [part for message in messages for part in _texts_of(message)]
-    missing = []
+    missing: list[str] = []
     for name, part in sorted(parts, key=lambda part: -len(part[1])):
         form = part if part in text else json.dumps(part, ensure_ascii=False)[1:-1]
         if form in text:
