@@ -26,10 +26,9 @@ from datetime import date
 from pathlib import Path
 
 # Read when torch is imported or first allocates. On a CPU large tensors then lie in huge pages, and
-# threads that wait for each other sleep after a moment: without that, other work on the machine
-# makes a step many times slower (with three busy loops beside it on two cores, 12 built-in steps took
-# 27 s and not 42; alone, 60 steps took 11 s either way). On a GPU blocks of memory can grow, so that
-# sizes leave no gaps.
+# threads that wait for each other sleep after a moment (with three busy loops beside it on two
+# cores, 12 built-in steps took 27 s and not 42; alone, 60 steps took 11 s either way). On a GPU
+# blocks of memory can grow, so that ever new sizes leave no gaps.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -99,7 +99,7 @@ def message_of(m) -> dict:
     every message where one has them; only the content may be null, beside tool_calls."""
     if not isinstance(m, dict):
         raise ValueError(f"a message is not an object but {m!r:.40}")
-    if len(m) == 2 and m.get("role") in ROLES and isinstance(m.get("content"), str):
+    if len(m) == 2 and m.get("role") in [*ROLES] and isinstance(m.get("content"), str):
         return m  # as most are
     role_key = "from" if m.get("role") is None else "role"
     name, content_key = m.get(role_key), "value" if m.get("content") in (None, "") else "content"
