@@ -293,6 +293,7 @@ def run(job: Job, folder: str, sizes: Sizes, training: dict, evaluation: dict) -
     result = {"n_pairs": len(pairs), "n_held_out": len(held_out), "checkpoints": [], "samples": []}
 
     def measure(step: int):
+        """Adds the row of a checkpoint, at the steps that have one."""
         if step not in (0, *sizes.checkpoints):
             return
         seed = zlib.crc32(f"{file_name(job)} {step}".encode())  # its own in each checkpoint

@@ -53,11 +53,11 @@ def parsed(text: str):
     it is an answer in JSON that has roles of another kind."""
     if not looks_like_dialogue(text):
         return None
-    between = re.sub(r"\}\s+\{", "}, {", text)  # numpy writes no commas
+    with_commas = re.sub(r"\}\s+\{", "}, {", text)  # numpy writes none
     for parse, written in (
         (json.loads, text),
         (ast.literal_eval, text),
-        (ast.literal_eval, between),
+        (ast.literal_eval, with_commas),
     ):
         try:
             found = parse(written.strip())
@@ -99,8 +99,9 @@ def message_of(m) -> dict:
     every message where one has them; only the content may be null, beside tool_calls."""
     if not isinstance(m, dict):
         raise ValueError(f"a message is not an object but {m!r:.40}")
-    if len(m) == 2 and m.get("role") in [*ROLES] and isinstance(m.get("content"), str):
-        return m  # as most are
+    plain = m.keys() == {"role", "content"} and all(isinstance(x, str) for x in m.values())
+    if plain and m["role"] in ROLES:
+        return m  # as most are, and files have many of them
     role_key = "from" if m.get("role") is None else "role"
     name, content_key = m.get(role_key), "value" if m.get("content") in (None, "") else "content"
     if not (isinstance(name, str) and name.strip()):

@@ -56,7 +56,7 @@ def tidy(folder: Path):
 
 def remove(path: Path):
     """A file, a link (and not what it points to) or a folder, where there is one. What cannot be
-    removed is said and stays: nothing that follows depends on its absence."""
+    removed is said and stays; who depends on its absence must look."""
     try:
         if path.is_symlink() or path.is_file():
             path.unlink()
@@ -176,6 +176,8 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
         # The rows last: as long as they are there, whoever is killed here has a run to overwrite.
         for name in (*FOLDERS, FINISHED, SETTINGS, "metrics.jsonl"):
             remove(out / name)
+            if os.path.lexists(out / name):  # a later --resume would take what is left of it
+                raise ValueError(f"--overwrite: {out / name} cannot be removed; name another --out")
     for name in ("model", "best", "adapters"):
         tidy(out / name)
     if start == 0 and read_best(out):  # of an evaluation whose row is cut

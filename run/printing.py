@@ -37,7 +37,7 @@ class Steady:
         os.dup2(nowhere, self.stream.fileno())
         os.close(nowhere)
         if self.other is not None:
-            note = f"{self.name} cannot be written any more ({error.strerror}); the run goes on\n"
+            note = f"{self.name} cannot be written any more ({error.strerror}); the run continues\n"
             self.other.write(note)
             self.other.flush()
 

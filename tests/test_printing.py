@@ -33,7 +33,7 @@ def test_a_reader_that_goes_away_is_noted_once_and_the_run_goes_on(arguments, tm
     process.stdout.close()
     said = process.stderr.read().decode()
     assert process.wait() == 0 and is_whole(tmp_path)
-    assert said.count("stdout cannot be written any more (Broken pipe); the run goes on") == 1
+    assert said.count("stdout cannot be written any more (Broken pipe); the run continues") == 1
     assert "Traceback" not in said and "Exception ignored" not in said
 
 

@@ -191,6 +191,20 @@ def test_what_cannot_be_removed_is_said_and_ends_nothing(arguments, tmp_path, mo
     assert "step-00000002: cannot be removed: Device or resource busy" in said[-1]
 
 
+def test_an_old_run_that_cannot_be_removed_is_not_overwritten(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    """Its checkpoints would be those that --resume takes."""
+    run(arguments, "--max-steps", "2", "--save-every", "2")
+
+    def stubborn(path, *more, **options):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    message = fails(capsys, [*arguments, "--overwrite"], before=1)
+    assert "--overwrite: " in message and "checkpoints cannot be removed" in message
+
+
 def test_a_model_folder_that_is_a_link_is_replaced(arguments, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     run(arguments, "--max-steps", "1")

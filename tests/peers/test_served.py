@@ -129,14 +129,15 @@ def test_strings_get_the_ids_that_were_trained(kind, tmp_path):
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["messages", "both"])
-@pytest.mark.parametrize("template", ["zephyr", "llama2"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind, template",  # Llama 2's template writes BOS, which Qwen's tokenizer has not
+    [(k, t) for k in KINDS for t in ("zephyr", "llama2") if (k, t) != (qwen, "llama2")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_messages_get_bos_once_also_where_strings_were_trained(kind, template, plain, tmp_path):
     kind(tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text(TEMPLATES[template])
     ours, theirs = served(tmp_path / "base", tmp_path / "out", chat=True, plain=plain)
-    if template == "llama2" and ours.bos_id is None:
-        pytest.skip("this template writes BOS, and this tokenizer has none")
     text = ours.apply_chat_template(QUESTION, add_generation_prompt=True)
     wanted = data.encode_prompt(ours, text, chat=True)
     more = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
