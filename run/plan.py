@@ -198,7 +198,7 @@ def tell_peak(device):
         text += f", of {gigabytes(torch.cuda.get_device_properties(device).total_memory)}"
     else:
         remember_peak(peak * 2**30)
-        text += ", and up to half as much again in gaps between buffers"
+        text += "; the allocator of a CPU may hold half as much again"
     tell("", text)
 
 
