@@ -1,6 +1,7 @@
 """How the files fit together: the top level is the method, and arrows only go down."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +36,24 @@ def imports(file: Path) -> set[str]:
 
 def test_the_top_level_is_five_files():
     assert [file.stem for file in TOP] == ["attention", "data", "model", "orpo", "train"]
+
+
+def test_nothing_is_committed_that_is_not_of_the_project():
+    """Eighteen downloaded wheels, 38 MB, once were."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = [Path(name) for name in names if name]
+    top = {file.name for file in files if len(file.parts) == 1 and file.suffix != ".py"}
+    assert top <= {
+        *(".gitignore", "CITATION.cff", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
+        *("requirements.txt", "requirements-dev.txt", "requirements-peers.txt"),
+    }
+    sizes = {file: (ROOT / file).stat().st_size for file in files if (ROOT / file).is_file()}
+    assert {file for file, size in sizes.items() if size > 2**20} == {
+        Path("examples/facts/base/model.safetensors")
+    }
 
 
 @pytest.mark.parametrize(
