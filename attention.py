@@ -8,9 +8,9 @@ Both segments are causal and aligned at their ends: r0 sees the prompt and itsel
 prompt are gathered a second time for segment 2, and not computed again. A decoding step is a
 segment with one query, and an ordinary sequence one with as many queries as keys.
 
-On CUDA in bfloat16 this is one call of Flash `varlen_attn` a layer. The second half of this file is
-for everything else: a CPU, float32, odd head sizes. It gives what a loop over segments would, in
-fewer calls.
+On CUDA in bfloat16 (or float16) this is one call of Flash `varlen_attn` a layer, if the size of a
+head is a multiple of 8 up to 256. The second half of this file is for everything else. It gives
+what a loop over segments would, in fewer calls.
 """
 
 import functools
@@ -93,6 +93,12 @@ SHARED_HEADS = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 USE_VARLEN = True  # tests set it to False, to compare the two paths on one device
 
 
+def has_varlen(device_type: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether varlen_attn, a Flash kernel, takes such heads: see the head of this file."""
+    on_gpu = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return USE_VARLEN and on_gpu and head_dim % 8 == 0 and head_dim <= 256
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) -> Tensor:
     """Causal attention within each segment. q (N, H, d), k and v (N, K, d) -> (N, H, d).
 
@@ -100,9 +106,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None) 
     """
     if window is not None and window >= segments.max_k:
         window = None
-    # A Flash kernel: bfloat16 or float16, head sizes that are multiples of 8 up to 256.
-    has_kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if USE_VARLEN and has_kernel and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    if has_varlen(q.device.type, q.dtype, q.shape[-1]):
         lengths = segments.cu_q, segments.cu_k, segments.max_q, segments.max_k
         back = -1 if window is None else window - 1
         if segments.key_index is not None:

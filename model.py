@@ -112,10 +112,8 @@ class Linear(nn.Linear):
     """A projection whose weight is cast to the dtype of its input, where it is used.
 
     Cast here, in every micro-batch, and not once a step: the gradient then leaves autograd in the
-    weight's own float32 and adds up there over micro-batches, nobody keeps a second copy of the
-    weights (with activation checkpointing one block's at a time is alive), and for torch.compile
-    a parameter's shape is a constant. A cast reads and writes 6 bytes a weight, which is little
-    beside a micro-batch of thousands of tokens.
+    weight's own float32 and adds up there over micro-batches, and nobody keeps a second copy of
+    the weights. It reads and writes 6 bytes a weight: little beside thousands of tokens.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
@@ -263,6 +261,10 @@ class Block(nn.Module):
         x = x + self.self_attn(y, cos, sin, segments, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def twice(self, *inputs):
+        """Keeps only its inputs, and runs again in the backward pass."""
+        return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=False)
+
 
 # ---------------------------------------------------------------------------------------------
 # The model.
@@ -308,8 +310,7 @@ class Transformer(nn.Module):
             if cache is not None:  # never the compiled block: the lengths change at every token
                 x = block._call_impl(x, cos, sin, segments, cache)
             elif i < self.checkpointed_blocks and torch.is_grad_enabled():
-                inputs = x, cos, sin, segments
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x = block.twice(x, cos, sin, segments)
             else:
                 x = block(x, cos, sin, segments)
         x = x if self.norm is None else self.norm(x)

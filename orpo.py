@@ -159,7 +159,11 @@ def response_logps(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 #    The derivative of the loss with respect to each token's log-probability is a known number as
 #    soon as its pair's two mean log-probabilities are. So a group of pairs at a time: logits,
 #    log-probabilities, one coefficient a token, and the logits become their own gradient in
-#    place. Three matrix products; nothing of size (tokens x vocabulary) outlives its group.
+#    place. Three matrix products; nothing of size (tokens x vocabulary) outlives its group. A pair
+#    of very long responses goes through lm_head in slices, whose logits are formed a second time
+#    when the coefficients are known: four products, and memory that its length does not change.
+
+MAX_ROWS = 4096  # of logits at a time; two responses of --max-length 2048 have no more
 
 
 class ORPOOutput(NamedTuple):
@@ -190,23 +194,54 @@ def _softmax_of_others(logits: Tensor, targets: Tensor) -> Tensor:
     Returns the log odds of each target token, log p_t - log(1 - p_t), (n,) float64. With r the
     logsumexp of the other logits they are z_t - r, and log p = log sigmoid(z_t - r) and
     1 - p = sigmoid(r - z_t) keep their digits where a log-softmax would have rounded to 0.
-
-    A few rows at a time, so that the float32 copy of bfloat16 logits is small and stays in a cache.
     """
-    token_log_odds = []
+    if logits.is_cuda and _compiled is not None:
+        return _compiled(logits, targets)
+    # A few rows at a time, so that the float32 copy of bfloat16 logits is small and stays in a
+    # cache.
     n_rows = max(1, 2 ** (24 if logits.is_cuda else 20) // logits.shape[1])
-    for rows, target in zip(logits.split(n_rows), targets[:, None].split(n_rows), strict=True):
-        others = None  # let go of the last ones before making new ones
-        others = rows.to(result_dtype(logits))  # the logits themselves where they are float32
-        target_logit = others.gather(1, target)
-        others.scatter_(1, target, -torch.inf)
-        largest = others.amax(1, keepdim=True)
-        others.sub_(largest).exp_()
-        total = others.sum(1, keepdim=True)
-        lead = target_logit.double() - largest.double()  # exact, however large both are
-        token_log_odds.append((lead - total.double().log()).squeeze(1))  # z_t - r
-        rows.copy_(others.div_(total).scatter_(1, target, -1.0))
-    return torch.cat(token_log_odds)
+    parts = zip(logits.split(n_rows), targets.split(n_rows), strict=True)
+    return torch.cat([_softmax_of_rows(*part) for part in parts])
+
+
+def _softmax_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
+    target = targets[:, None]
+    others = logits.to(result_dtype(logits))  # the logits themselves where they are float32
+    target_logit = others.gather(1, target)
+    others = _put(others, target, -torch.inf)
+    largest = others.amax(1, keepdim=True)
+    others = others.sub_(largest).exp_()
+    total = others.sum(1, keepdim=True)
+    lead = target_logit.double() - largest.double()  # exact, however large both are
+    logits.copy_(_put(others.div_(total), target, -1.0))
+    return (lead - total.double().log()).squeeze(1)  # z_t - r
+
+
+def _put(x: Tensor, target: Tensor, value: float) -> Tensor:
+    """x (n, V) with a value at each row's target (n, 1); x itself is changed or not."""
+    if torch.compiler.is_compiling():  # a comparison becomes part of a kernel, a scatter does not
+        return torch.where(torch.arange(x.shape[1], device=x.device) == target, value, x)
+    return x.scatter_(1, target, value)
+
+
+_compiled = None
+
+
+def compile_softmax():
+    """Lets torch.compile make few kernels of `_softmax_of_rows` on a GPU, for the whole process."""
+    global _compiled
+    _compiled = torch.compile(_softmax_of_rows, dynamic=True)
+
+
+def _token_log_odds(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The log odds of each target (rows,), and what `_softmax_of_others` made of the logits: all of
+    them, or the last of several slices."""
+    token_log_odds, logits = [], None
+    for h, target in zip(hidden.split(MAX_ROWS), targets.split(MAX_ROWS), strict=True):
+        logits = None  # let go of the last ones before making new
+        logits = _logits(h, weight)  # (n, V)
+        token_log_odds.append(_softmax_of_others(logits, target))
+    return torch.cat(token_log_odds), logits
 
 
 def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,11 +254,30 @@ def _mean_logps(sums: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return means[0::2], means[1::2]
 
 
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; on a GPU the float32 sums of bfloat16 products, which are not rounded."""
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, added in place, in float32 or float64; on a GPU, where the product of two
+    bfloat16 matrices is summed in float32, without rounding that sum or storing it."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        if torch.__version__ >= (2, 12):  # 2.11 has the operation, but no right rule of its shapes
+            return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    product = (a @ b).to(result_dtype(a))
+    return product if total is None else total.add_(product)
+
+
+def _join_cut_groups(groups: list[tuple[int, int]], response: Tensor) -> list[tuple[int, int]]:
+    """The groups, as few joined as are needed for each pair's rows to lie in one of them: no
+    token's coefficient is known before all tokens of its pair have been seen."""
+    pairs = response.div(2, rounding_mode="floor").tolist()  # -1 for a prompt token
+    last = {pair: row for row, pair in enumerate(pairs) if pair >= 0}
+    joined, reach = [], 0
+    for start, stop in groups:
+        begin = joined.pop()[0] if start < reach else start
+        joined.append((begin, stop))
+        reach = max([reach, *(last[pair] + 1 for pair in pairs[start:stop] if pair >= 0)])
+    return joined
 
 
 class _FusedLinearORPO(torch.autograd.Function):
@@ -240,13 +294,11 @@ class _FusedLinearORPO(torch.autograd.Function):
             grad_hidden, grad_lm_head = torch.empty_like(hidden), None
 
         for start, stop in groups:
-            logits = group_grad = None  # let go of the last group's before making new ones
-            rows = slice(start, stop)
+            logits, rows = None, slice(start, stop)  # let go of the last ones before making new
             h, target, index = hidden[rows], targets[rows], response_index[rows]
 
             # Step 1: the log-probability of each token, and its sum over each response.
-            logits = _logits(h, weight)  # (n, V)
-            token_log_odds = _softmax_of_others(logits, target)  # (n,); changes the logits
+            token_log_odds, logits = _token_log_odds(h, weight, target)  # (rows,), (n, V)
             logps = F.logsigmoid(token_log_odds)
             nll -= (nll_weight[rows] * logps).sum()
             sums.index_add_(0, index, torch.where(in_response[rows], logps, 0))
@@ -262,18 +314,21 @@ class _FusedLinearORPO(torch.autograd.Function):
             d_mean = torch.stack((d_chosen, d_rejected), 1).flatten()  # (2B,), as `response` counts
             d_token = d_mean[index] * one_minus_p / lengths[index]
             d_token = torch.where(in_response[rows], d_token, 0)
-            coefficient = lam / n_pairs * d_token - nll_weight[rows] * one_minus_p  # (n,)
+            coefficient = lam / n_pairs * d_token - nll_weight[rows] * one_minus_p
+            scales = -coefficient[:, None].to(result_dtype(hidden))  # (rows, 1)
 
             # Step 3: d log p_t / dz = onehot - softmax, which is 1 - p_t times minus what the
             # logits now hold. A row's coefficient is multiplied in on the narrow side of each
             # product.
-            scale = -coefficient[:, None].to(result_dtype(hidden))
-            grad_hidden[rows] = (logits @ weight) * scale  # (n, D)
-            if not lm_head.requires_grad:
-                continue
-            group_grad = _mm_float32(logits.t(), (h * scale).to(h.dtype))  # (V, D)
-            group_grad = group_grad.to(result_dtype(lm_head))
-            grad_lm_head = group_grad if grad_lm_head is None else grad_lm_head.add_(group_grad)
+            slices = (x.split(MAX_ROWS) for x in (h, target, scales, grad_hidden[rows]))
+            for h, target, scale, out in zip(*slices, strict=True):
+                if stop - start > MAX_ROWS:
+                    logits = None
+                    _, logits = _token_log_odds(h, weight, target)
+                out.copy_((logits @ weight) * scale)  # (n, D)
+                if lm_head.requires_grad:
+                    scaled = (h * scale).to(h.dtype)
+                    grad_lm_head = _add_product(grad_lm_head, logits.t(), scaled)  # (V, D)
 
         chosen, rejected = _mean_logps(sums, lengths)
         pair_losses = _odds_ratio_value(chosen, rejected)
@@ -321,8 +376,10 @@ def fused_linear_orpo(
     n_pairs: the pairs of the whole optimizer step, so that micro-batches simply add up.
     lengths (2B,): m of each response; counted in `response` where not given, for which the host
         waits for a GPU.
-    groups: rows, start to stop, that go through lm_head at a time; a pair's are all in one group.
-        Without them all rows go at once, and P x V logits are kept.
+    groups: rows, start to stop, whose logits are kept until the gradient is known, one group after
+        the other, together all rows; by default one group. Up to MAX_ROWS rows cost three matrix
+        products, more rows four. The groups should not cut a pair: those that do are joined, for
+        which the host looks at `response` (on a GPU only where `lengths` is not given either).
 
     Differentiable with respect to hidden and lm_head, once; without gradients it costs one matrix
     product instead of three, with a frozen lm_head two. Exact at certainty, from the logits up.
@@ -333,13 +390,19 @@ def fused_linear_orpo(
             raise ValueError(f"{name} has shape {tuple(x.shape)}, hidden {tuple(hidden.shape)}")
     if lm_head.dim() != 2 or lm_head.shape[1:] != hidden.shape[1:]:
         raise ValueError(f"shape of lm_head {tuple(lm_head.shape)}, hidden {tuple(hidden.shape)}")
-    if lengths is None:
+    lengths_given = lengths is not None
+    if not lengths_given:
         lengths = torch.bincount(response + 1, minlength=1)[1:]
         if len(lengths) % 2 or not bool(lengths.all()):
             raise ValueError(
                 f"response: every pair needs both its responses, got {lengths.tolist()}"
             )
-    groups = [(0, len(response))] if groups is None else groups
+    if groups is None:
+        groups = [(0, len(response))] if len(response) else []
+    elif [0, *(stop for _, stop in groups)] != [*(start for start, _ in groups), len(response)]:
+        raise ValueError(f"groups must cover rows 0 to {len(response)} in order, got {groups}")
+    elif not (response.is_cuda and lengths_given):
+        groups = _join_cut_groups(groups, response)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
     data = (targets, response, nll_weight, lam, n_pairs, lengths, groups)
     return ORPOOutput(*_FusedLinearORPO.apply(hidden, lm_head, needs_grad, data))

@@ -42,8 +42,9 @@ from data import Batch, Pair, step_pairs
 from formats.files import model_folder
 from formats.weights import full_tensor
 from model import ModelConfig, Transformer, trainable
-from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
+from orpo import ORPOOutput, compile_softmax, fused_linear_orpo, log_odds, odds_ratio_grad
 from run.answers import accepted, answers
+from run.compiled import compile_blocks
 from run.flags import ENDLESS, TrainConfig, parse
 from run.folder import (
     begin_folder,
@@ -140,7 +141,7 @@ def pack(pairs: list[Pair], config: TrainConfig, share: bool = True) -> list[Bat
     """
     multiple = 64 if config.dtype == "bfloat16" else 1
     mine = (rank(), world_size()) if share else (0, 1)
-    return data.micro_batches(pairs, config.micro_batch_tokens, config.sft_loss, multiple, *mine)
+    return data.micro_batches(pairs, config.token_budget, config.sft_loss, multiple, *mine)
 
 
 def forward(model: Transformer, batch: Batch, lam: float) -> ORPOOutput:
@@ -371,8 +372,9 @@ def load_model(config: TrainConfig) -> Transformer:
     model.compute_dtype = getattr(torch, config.dtype)
     n = config.activation_checkpointing
     model.checkpointed_blocks = model.config.n_layers if n is True else int(n)
-    for block in model.layers if config.compile else ():
-        block.compile(dynamic=True)
+    if config.compile:
+        compile_blocks(model, config.shard)
+        compile_softmax()
     return model
 
 

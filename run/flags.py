@@ -77,8 +77,9 @@ class TrainConfig:
     )
     micro_batch_tokens: int = flag(
         MEMORY,
-        8192,
-        "tokens at a time in each process; the result does not depend on it",
+        None,
+        "tokens at a time in each process; the result does not depend on it (default: 8192 on "
+        "cuda, 2048 on cpu)",
         least=1,
     )
     shard: bool = flag(MEMORY, False, "divide weights and optimizer state over all processes")
@@ -114,6 +115,12 @@ class TrainConfig:
     resume: bool = flag(RUN, False, "continue the run in --out from its newest checkpoint")
     eval_only: bool = flag(RUN, False, "evaluate --model and print one JSON object")
     dry_run: bool = flag(RUN, False, "print the plan, try the largest micro-batch, and stop")
+
+    @property
+    def token_budget(self) -> int:
+        """Of a micro-batch. A CPU is no faster with more at a time, and its memory is smaller."""
+        on_gpu = (self.device or "").startswith("cuda")
+        return self.micro_batch_tokens or (8192 if on_gpu else 2048)
 
     def check(self, source: str = ""):
         """Raises ValueError with the first flag whose value is of the wrong type or range."""

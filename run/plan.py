@@ -48,7 +48,7 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
     n_looked_at = min(n_steps, max(2 * an_epoch, 1000))
     steps = [step_pairs(pairs, step, c.batch_size, c.seed) for step in range(1, n_looked_at + 1)]
     shares = [share for step in steps for share in balance_over_ranks(step, n_processes)]
-    splits = [split_by_tokens(share, c.micro_batch_tokens) for share in shares]
+    splits = [split_by_tokens(share, c.token_budget) for share in shares]
     parts = [part for split in splits for part in split]
     tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]

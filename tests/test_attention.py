@@ -1,14 +1,19 @@
 """Attention and packing: what sees what, and that packed pairs equal separate sequences."""
 
+import functools
 import random
 
 import pytest
 import torch
 
 import attention as attention_module
+import train
 from attention import Gather, attention
 from data import micro_batches
 from orpo import fused_linear_orpo, odds_ratio_loss, orpo_loss, response_logps
+from run import compiled
+from run.compiled import compile_blocks
+from tests import varlen_cpu
 from tests.small import V, kinds, packed, plain, random_model, random_pairs
 
 
@@ -186,22 +191,77 @@ def test_a_query_sees_so_many_keys_as_its_window(window):
         torch.testing.assert_close(got[row], wanted)
 
 
-class OnCuda(torch.Tensor):
-    """A tensor that says so, wherever it is."""
+@pytest.fixture
+def varlen(monkeypatch):
+    """Attention goes to varlen_attn, on this CPU and in any dtype; its calls by name."""
+    for module in (attention_module, compiled):
+        monkeypatch.setattr(module, "has_varlen", lambda *_: True)
+    varlen_cpu.calls.update(forward=0, backward=0)
+    return varlen_cpu.calls
 
-    is_cuda = True
+
+@pytest.mark.parametrize("window", [1, 3, 4, 6, 7, None])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_flash_attention_is_asked_for_the_same(monkeypatch, request, window, n_kv_heads):
+    """The two branches of `attention` on packed pairs, by numbers: values and gradients."""
+    rng, segments = torch.Generator().manual_seed(0), packed(LENGTHS)
+    n = sum(map(sum, LENGTHS))
+    inputs = [
+        torch.randn(n, heads, 8, generator=rng, dtype=torch.float64, requires_grad=True)
+        for heads in (4, n_kv_heads, n_kv_heads)
+    ]
+    weight, found = torch.randn(n, 4, 8, generator=rng, dtype=torch.float64), []
+    for branch in ("by segment", "varlen"):
+        if branch == "varlen":
+            calls = request.getfixturevalue("varlen")
+        out = attention(*inputs, segments, window)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+    assert calls == {"forward": 1, "backward": 1}
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
 
 
-def test_flash_attention_is_told_how_many_keys_lie_before_a_querys_own(monkeypatch):
-    """A window of four keys is the query's own and three before it; -1 is no limit."""
-    told = []
-    monkeypatch.setattr(
-        attention_module, "varlen_attn", lambda *args, window_size, **_: told.append(window_size)
-    )
-    q, k, v = torch.zeros(3, 12, 2, 8, dtype=torch.bfloat16).as_subclass(OnCuda)
-    for window in (4, 6, 7, None):
-        attention(q, k, v, plain(2, 6, 6), window)
-    assert told == [(3, 0), (-1, 0), (-1, 0), (-1, 0)]
+@pytest.mark.parametrize("kind", [{}, {"n_kv_heads": 1, "windows": [4, None]}], ids=str)
+def test_a_step_by_flash_attention_has_the_same_gradients(request, kind):
+    """With the padding of a bfloat16 micro-batch, as on a GPU. In bfloat16 both branches round, and
+    neither lies much farther from the truth than the other."""
+    (batch,) = micro_batches(random_pairs(LENGTHS), 10**9, "full", multiple=64)
+    found = {}
+    for branch in ("by segment", "varlen"):
+        if branch == "varlen":
+            calls = request.getfixturevalue("varlen")
+        for dtype in (torch.float64, torch.bfloat16):
+            exact = dtype == torch.float64
+            model = random_model(torch.float64 if exact else torch.float32, **kind)
+            model.compute_dtype = dtype
+            grads = gradients(train.forward(model, batch, 0.7).loss, model)
+            found[branch, dtype] = torch.cat([g.flatten().double() for g in grads])
+    assert calls == {"forward": 4, "backward": 4}
+    truth = found["by segment", torch.float64]
+    distances = {key: ((x - truth).norm() / truth.norm()).item() for key, x in found.items()}
+    assert distances["varlen", torch.float64] < 1e-14
+    assert distances["varlen", torch.bfloat16] < 1.5 * distances["by segment", torch.bfloat16]
+
+
+def test_a_compiled_block_that_runs_twice_keeps_its_products(monkeypatch, varlen):
+    """So attention runs once in it, and the gradients stay. The second block is not checkpointed,
+    and the products of q, k and v have biases."""
+    model, pairs = random_model(qkv_bias=True), random_pairs(LENGTHS)
+    model.checkpointed_blocks = 1
+    wanted = gradients(step_loss(model, pairs, "full", 0.7), model)
+    assert varlen == {"forward": 3, "backward": 2}
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    try:
+        compile_blocks(model)
+        varlen.update(forward=0, backward=0)
+        got = gradients(step_loss(model, pairs, "full", 0.7), model)
+        assert varlen == {"forward": 2, "backward": 2}
+        with torch.no_grad():  # as in an evaluation: nothing to keep
+            step_loss(model, pairs, "full", 0.7)
+    finally:
+        torch._dynamo.reset()
+    assert_same_gradients(got, wanted, model, 1e-13)
 
 
 def test_gradients_by_bfloat16_compute_are_float32_and_point_the_right_way(in_bfloat16):

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import train
 from formats.families import FAMILIES, GPT
 from model import ModelConfig, Transformer
@@ -200,6 +201,14 @@ def test_norms_and_the_gathering_of_keys_are_the_cheap_kernels(fake):
     assert "aten::rsqrt" not in calls.n
     # Adding with atomics: the embedding is a kernel of its own, what is left are the predictions.
     assert calls.n["aten::index_add"] == calls.n_batches
+
+
+def test_gradients_of_lm_head_add_up_inside_the_product(fake, monkeypatch):
+    """One group makes the sum, in float32, and each further one adds to it in one operation."""
+    monkeypatch.setattr(data, "GROUP_ROWS", 40)
+    calls = step(fake)
+    name = "aten::addmm" if torch.__version__ >= (2, 12) else "aten::add_"
+    assert calls.n[name] > 0
 
 
 GPT = GPT | {"tie_embeddings": True, "rotary_fraction": 0, "position_offset": 0}

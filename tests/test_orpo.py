@@ -551,6 +551,59 @@ def test_groups_change_nothing(group_tokens):
         assert error(x, y) < 1e-12
 
 
+@both_dtypes
+@pytest.mark.parametrize("max_rows", [1, 3, 8])
+@pytest.mark.parametrize("group_tokens", [4, 1000])
+def test_a_long_group_goes_in_slices(monkeypatch, dtype, max_rows, group_tokens):
+    """Its logits are formed twice, and values and gradients stay."""
+    step = a_step(dtype, "full")
+    expected, *expected_grads = fused(*step)
+    monkeypatch.setattr(orpo, "MAX_ROWS", max_rows)
+    rows, logits_of = [], orpo._logits
+    monkeypatch.setattr(orpo, "_logits", lambda h, w: rows.append(len(h)) or logits_of(h, w))
+    out, *grads = fused(*step, groups=groups_of(step[3], group_tokens))
+    assert max(rows) <= max_rows and sum(rows) > len(step[0])
+    for x, y in zip((*out, *grads), (*expected, *expected_grads), strict=True):
+        assert error(x, y) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_the_softmax_that_is_compiled_is_the_same():
+    """Of logits whose rows lie apart, as `_logits` makes them; without a code generator."""
+    generator, targets = torch.Generator().manual_seed(0), torch.tensor([0, 4, 2])
+    logits = (9 * torch.randn(3, 8, generator=generator))[:, :5]
+    wanted, got = logits.clone(), logits  # a view, which has to be changed in place
+    expected = orpo._softmax_of_rows(wanted, targets)
+    torch._dynamo.reset()
+    compiled = torch.compile(orpo._softmax_of_rows, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(got, targets), expected)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    assert got[torch.arange(3), targets].tolist() == [-1.0] * 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_groups_may_cut_pairs(rows):
+    """Also where the rows of a pair do not lie together: here chosen ones first, then rejected."""
+    hidden, lm_head, targets, response, weight, *rest = a_step(torch.float64, "full")
+    n = len(response)
+    groups = [(i, min(i + rows, n)) for i in range(0, n, rows)]
+    lengths = torch.bincount(response + 1)[1:]
+    for order in (torch.arange(n), (response % 2).sort(stable=True).indices):
+        step = hidden[order], lm_head, targets[order], response[order], weight[order], *rest
+        (out, *grads), (whole, *whole_grads) = fused(*step, lengths, groups=groups), fused(*step)
+        for x, y in zip((*out, *grads), (*whole, *whole_grads), strict=True):
+            assert error(x, y) < 1e-12
+
+
+@pytest.mark.parametrize("groups", [[], [(0, 3)], [(3, 7)], [(0, 3), (4, 7)], [(0, 8)]])
+def test_groups_that_leave_out_rows_are_refused(groups):
+    """Their rows of the gradient would be whatever the memory held."""
+    hidden, lm_head = torch.randn(7, 4), torch.randn(5, 4)
+    response, weight = torch.tensor([0, 0, 1, 2, 2, 3, 3]), torch.ones(7)
+    with pytest.raises(ValueError, match="groups must cover rows 0 to 7 in order"):
+        fused(hidden, lm_head, torch.zeros(7).long(), response, weight, 0.5, 2, groups=groups)
+
+
 def test_micro_batches_add_up():
     """The pairs of one step in two calls, with the normalisers of the step: a plain sum."""
     hidden, lm_head, targets, response, weight, lam, n_pairs = a_step(torch.float64, "full")
