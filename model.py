@@ -167,7 +167,7 @@ class ApplyRotary(torch.autograd.Function):
 
     Its gradient is the rotation back, by the opposite angle. We write it by hand because autograd
     keeps float32 copies: in eager mode they took a twelfth of the memory traffic of a 7B step
-    (`python -m bench.gpu profile --count`).
+    (`python -m bench.gpu_count`).
     """
 
     @staticmethod

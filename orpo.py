@@ -378,8 +378,8 @@ def fused_linear_orpo(
         waits for a GPU.
     groups: rows, start to stop, whose logits are kept until the gradient is known, one group after
         the other, together all rows; by default one group. Up to MAX_ROWS rows cost three matrix
-        products, more rows four. The groups should not cut a pair: those that do are joined, for
-        which the host looks at `response` (on a GPU only where `lengths` is not given either).
+        products, more rows four. Groups that cut a pair are joined, which the host reads from
+        `response`; where `lengths` is given it reads nothing, and no pair may be cut.
 
     Differentiable with respect to hidden and lm_head, once; without gradients it costs one matrix
     product instead of three, with a frozen lm_head two. Exact at certainty, from the logits up.
@@ -401,7 +401,7 @@ def fused_linear_orpo(
         groups = [(0, len(response))] if len(response) else []
     elif [0, *(stop for _, stop in groups)] != [*(start for start, _ in groups), len(response)]:
         raise ValueError(f"groups must cover rows 0 to {len(response)} in order, got {groups}")
-    elif not (response.is_cuda and lengths_given):
+    elif not lengths_given:
         groups = _join_cut_groups(groups, response)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
     data = (targets, response, nll_weight, lam, n_pairs, lengths, groups)
