@@ -7,6 +7,8 @@ computes nothing will do. tests/test_cuda.py holds the numbers, on a real card.
 
 import os
 import socket
+import subprocess
+import sys
 
 # Not expandable ones, which a pretended driver does not have. Before CUDA is first used.
 os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
@@ -24,6 +26,7 @@ import train
 from formats.families import FAMILIES, GPT
 from model import ModelConfig, Transformer
 from run import processes
+from run.compiled import compile_blocks
 from run.flags import TrainConfig
 from run.log import n_updates
 from run.lora import add_lora
@@ -260,6 +263,48 @@ def test_a_block_is_one_graph_and_is_compiled_once(fake, checkpointed):
     shapes = [x.shape for name, x in inputs.items() if name.endswith("_parameters_weight_")]
     assert len(shapes) == 9 and all(isinstance(n, int) for shape in shapes for n in shape)
     assert not isinstance(inputs["l_x_"].shape[0], int)  # of the tokens alone the number is open
+
+
+def launches() -> bool:
+    """Whether kernels can be launched, if only in pretence, so that code is generated for them. In
+    a process of its own, which a driver without memory would take down."""
+    if not torch.cuda.is_available():
+        return False
+    command = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not launches(), reason="no kernel can be launched here")
+def test_a_compiled_block_that_runs_twice_keeps_its_products():
+    """Down to machine code, of which one version serves all lengths. In bytes a token and block: the
+    inputs, q, k, v and what attention gives, the sum of the first half, gate and up."""
+    kept = {}
+    pairs = [random_pairs([(193 + i, 289, 260 - i)] * 4, vocab_size=1000) for i in range(3)]
+    for twice, compiled in ((0, False), (3, False), (3, True)):
+        config = TrainConfig(dtype="bfloat16", device="cuda:0", activation_checkpointing=twice)
+        torch._dynamo.reset()
+        model = make_model(SMALL, config)
+        if compiled:
+            compile_blocks(model)
+        try:
+            for i, some in enumerate(pairs):
+                torch._dynamo.config.error_on_recompile = i > 1
+                (batch,) = train.pack(some, config)
+                b, before = batch.to(CUDA), torch.cuda.memory_allocated()
+                hidden = model.hidden_states(b.tokens, b.positions, b.segments)
+                used = torch.cuda.memory_allocated() - before
+                hidden.sum().backward()
+                model.zero_grad()
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+            torch._dynamo.reset()
+        kept[twice, compiled] = used / len(b.tokens)
+    c = SMALL
+    heads = 2 * c.n_heads + 2 * c.n_kv_heads
+    products = 2 * (heads * c.head_dim + c.dim + 2 * c.hidden_dim)
+    more = (kept[3, True] - kept[3, False]) / 3
+    assert 0.9 * products < more < 1.1 * products
+    assert kept[3, True] < 0.7 * kept[0, False]
 
 
 # ---------------------------------------------------------------------------------------------
