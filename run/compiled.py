@@ -22,13 +22,17 @@ def compile_blocks(model: Transformer, sharded: bool = False):
     the compiled function, and the weights of a sharded block are gathered around it: there a block
     keeps its inputs only, as without compilation.
     """
-    selective = not sharded and has_varlen(
-        model.device.type, model.compute_dtype, model.config.head_dim
-    )
+    selective = keeps_products(model, sharded)
     for i, block in enumerate(model.layers):
         block.compile(dynamic=True)
         if selective and i < model.checkpointed_blocks:
             block.twice = torch.compile(functools.partial(_keep_products, block), dynamic=True)
+
+
+def keeps_products(model: Transformer, sharded: bool) -> bool:
+    """Whether a compiled block that runs twice computes its products once."""
+    on_gpu = has_varlen(model.device.type, model.compute_dtype, model.config.head_dim)
+    return on_gpu and not sharded
 
 
 def _keep_products(block: Block, *inputs) -> torch.Tensor:

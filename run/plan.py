@@ -26,6 +26,7 @@ from data import (
     use_colour,
 )
 from model import ModelConfig, Transformer, trainable
+from run.compiled import keeps_products
 from run.flags import TrainConfig
 from run.folder import existing_parent
 from run.lora import add_lora, lora_layers
@@ -119,7 +120,8 @@ def tell_overlap(pairs: list[Pair], eval_pairs: list[Pair]):
 
 # Dense bfloat16 operations a second by the makers' data sheets, in 1e12; the first name that fits.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
-CPU_TFLOPS = 0.05  # what two cores of a server do in a training step in float32, roughly
+# What two cores of a server do in a training step, roughly: with 1 and with 135 million parameters.
+CPU_TFLOPS = {"small": 0.05, "large": 0.2}
 
 
 def peak_flops(device, config: TrainConfig) -> float | None:
@@ -142,8 +144,11 @@ def time_line(model: Transformer, n_flops: float, config: TrainConfig) -> str:
     peak = peak_flops(model.device, config)
     if peak is None and model.device.type == "cuda":
         return f"{n_flops:.2g} operations; after 3 steps the log has the measured time"
-    rate = 0.4 * peak if peak else 1e12 * CPU_TFLOPS
+    size = "small" if count_parameters(model)[1] < 5e7 else "large"
+    rate = 0.4 * peak if peak else 1e12 * CPU_TFLOPS[size]
     share = min(model.checkpointed_blocks, model.config.n_layers) / model.config.n_layers
+    if config.compile and keeps_products(model, config.shard):
+        share = 0
     seconds = n_flops * (1 + share / 3) / rate / world_size()
     return (
         f"{n_flops:.2g} operations: {timedelta(seconds=round(seconds))} if each process does "
@@ -195,7 +200,10 @@ def tell_peak(device):
     peak = peak_memory_gb(device)
     text = f"{peak:.2f} GB at the most in a step"
     if device.type == "cuda":
-        text += f", of {gigabytes(torch.cuda.get_device_properties(device).total_memory)}"
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        text += f", of {total:.2f} GB"
+        if peak < total / 3:  # a small model computes faster than the host can ask it to
+            text += ": a larger --micro-batch-tokens may be faster"
     else:
         remember_peak(peak * 2**30)
         text += "; the allocator of a CPU may hold half as much again"

@@ -270,14 +270,15 @@ def launches() -> bool:
     a process of its own, which a driver without memory would take down."""
     if not torch.cuda.is_available():
         return False
-    command = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
+    product = "import torch; x = torch.ones(8, 8, device='cuda').bfloat16(); x @ x"
+    command = [sys.executable, "-c", product]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not launches(), reason="no kernel can be launched here")
 def test_a_compiled_block_that_runs_twice_keeps_its_products():
-    """Down to machine code, of which one version serves all lengths. In bytes a token and block: the
-    inputs, q, k, v and what attention gives, the sum of the first half, gate and up."""
+    """Down to machine code, of which one version serves all lengths. In bytes a token and block:
+    the inputs, q, k, v and what attention gives, the sum of the first half, gate and up."""
     kept = {}
     pairs = [random_pairs([(193 + i, 289, 260 - i)] * 4, vocab_size=1000) for i in range(3)]
     for twice, compiled in ((0, False), (3, False), (3, True)):
