@@ -21,6 +21,7 @@ from run.plan import (
     peak_memory_gb,
     tell_model,
     tell_overlap,
+    tell_peak,
     time_line,
 )
 from tests.runs import ROOT
@@ -179,6 +180,30 @@ def test_the_planned_time_has_a_third_more_where_all_blocks_are_computed_twice()
     for blocks, seconds in ((0, "0:01:00"), (2, "0:01:10"), (4, "0:01:20")):
         model.checkpointed_blocks = blocks
         assert f" {seconds} if each process does 0.05 TFLOP/s" in time_line(model, 3e12, config)
+
+
+def test_the_planned_time_of_compiled_blocks_has_no_more(monkeypatch):
+    """Where they keep their products; and a model of 100 million parameters is served faster."""
+    model = Transformer(ModelConfig(100, 16, 4, 2, 24))
+    config, model.checkpointed_blocks = train.TrainConfig(dtype="float32", compile=True), 4
+    assert " 0:01:20 if" in time_line(model, 3e12, config)
+    monkeypatch.setattr("run.plan.keeps_products", lambda *_: True)
+    assert " 0:01:00 if" in time_line(model, 3e12, config)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(32000, 768, 12, 12, 2048))
+    line = time_line(model, 3e12, config)
+    assert " 0:00:15 if each process does 0.2 TFLOP/s" in line
+
+
+@pytest.mark.parametrize(("size", "hint"), [(20, False), (40, True)])
+def test_a_card_with_much_room_left_is_said_to_have_it(monkeypatch, capsys, size, hint):
+    card = SimpleNamespace(total_memory=size * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 12 * 2**30)
+    tell_peak(torch.device("cuda", 0))
+    shown = capsys.readouterr().out
+    assert f"12.00 GB at the most in a step, of {size}.00 GB" in shown
+    assert ("a larger --micro-batch-tokens may be faster" in shown) == hint
 
 
 def test_a_long_run_is_planned_from_its_first_epochs(capsys):
