@@ -1,6 +1,7 @@
 """How a training step's time and memory grow: with response length, vocabulary, pairs a step.
 
     python -m bench.growth [--dtype float32|bfloat16] [--trl] [--out FILE.svg]
+    python -m bench.growth --loss        the loss by itself, for responses of up to 32,768 tokens
 
 Every point is a process of its own, for its peak memory. The base is one pair, a prompt of 64
 tokens, responses of 256, a vocabulary of 32,000; one of the three grows at a time. Draws a log-log
@@ -15,12 +16,16 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bench import peers, step
 from bench.peers import VARIANTS, Worker
+from orpo import fused_linear_orpo
+from run.plan import peak_memory_gb
 from tools.report import head
 
 SWEEPS = {  # what grows: its name, its values
@@ -31,6 +36,7 @@ SWEEPS = {  # what grows: its name, its values
 BASE = {"response": 256, "vocab_size": 32000, "n_pairs": 1}
 PROMPT = 64
 TRL_LIMIT = 2048  # tokens of a response: above, its logits and their gradients are tens of GB
+LOSS_VOCABULARY, LOSS_WIDTH, LOSS_LENGTHS = 150_000, 64, (1000, 3000, 6000, 12_000, 32_768)
 GREY, COLOURS = "#808080", {"ours": "#2a9d5c", "plain": "#d1495b"}
 
 
@@ -54,6 +60,27 @@ def measure(name: str, dtype: str, response: int, vocab_size: int, n_pairs: int)
         finally:
             worker.stop()
     return 1000 * statistics.median(seconds), memory["peak"] - memory["imported"]
+
+
+def loss_peak(response: int) -> tuple[float, float]:
+    """(GB at the peak above what is there before, seconds) of the fused loss of one pair."""
+    hidden = torch.randn(2 * response, LOSS_WIDTH, requires_grad=True)
+    lm_head = torch.randn(LOSS_VOCABULARY, LOSS_WIDTH, requires_grad=True)
+    which = torch.arange(2).repeat_interleave(response)
+    weight, before = torch.ones(2 * response) / response, peak_memory_gb(hidden.device)
+    begin = time.perf_counter()
+    output = fused_linear_orpo(hidden, lm_head, torch.zeros_like(which), which, weight, 0.1, 1)
+    output.loss.backward()
+    return peak_memory_gb(hidden.device) - before, time.perf_counter() - begin
+
+
+def print_losses():
+    """Each length in a process of its own, for its peak."""
+    print(f"the loss of one pair, vocabulary {LOSS_VOCABULARY:,}, width {LOSS_WIDTH}, float32")
+    for response in LOSS_LENGTHS:
+        with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak, seconds = pool.apply(loss_peak, (response,))
+        print(f"{response:>7,} tokens a response: {peak:.2f} GB, {seconds:.1f} s", flush=True)
 
 
 def exponent(xs, ys) -> float:
@@ -106,12 +133,15 @@ def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=peers.TOLERANCE, default="float32")
     parser.add_argument("--only", choices=SWEEPS, nargs="+", default=list(SWEEPS))
+    parser.add_argument("--loss", action="store_true", help="the loss by itself")
     parser.add_argument("--trl", action="store_true", help="TRL beside ours")
     parser.add_argument("--out", type=Path, default=peers.results_file("growth", "svg"))
     args = parser.parse_args()
     if args.out.suffix not in (".svg", ".png"):
         parser.error(f"--out {args.out}: its name must end in .svg or .png")
     print(head(os.cpu_count()))
+    if args.loss:
+        return print_losses()
     found, known = {}, {}
     try:
         for name in ("ours", "plain")[: 1 + args.trl]:
