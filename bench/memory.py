@@ -45,7 +45,8 @@ from run.plan import count_parameters, fixed_memory
 from run.processes import pick_device, rank, shard, world_size
 
 GB = 2**30
-CARDS = {"24 GB": 23.6, "80 GB": 79.1, "141 GB": 139.8}  # as sold, and what CUDA says they have
+# As sold, and what CUDA says they have; 16 GB is a T4, which has no bfloat16 and no Flash kernel.
+CARDS = {"16 GB": 14.5, "24 GB": 23.6, "80 GB": 79.1, "141 GB": 139.8}
 LENGTHS = (193, 289, 260)  # UltraFeedback's means: prompt, chosen, rejected
 
 
@@ -60,6 +61,8 @@ SHAPES = {  # vocabulary, width, layers, heads, MLP width, as in the checkpoints
     "Phi-2": shape("phi", 51200, 2560, 32, 32, 10240),
     "Llama-2-7B": shape("llama", 32000, 4096, 32, 32, 11008),
     "Mistral-7B": shape("mistral", 32000, 4096, 32, 32, 14336, n_kv_heads=8),
+    "Qwen2.5-7B": shape("qwen2", 152064, 3584, 28, 28, 18944, n_kv_heads=4),
+    "Llama-3-8B": shape("llama", 128256, 4096, 32, 32, 14336, n_kv_heads=8),
 }
 
 
@@ -69,6 +72,7 @@ class Row(NamedTuple):
     tokens: int = 8192  # --micro-batch-tokens
     lora: int = 0
     gpus: int = 1
+    dtype: str = "bfloat16"
     reference: bool = False  # DPO's, frozen in bfloat16, is in memory too
 
     def flags(self) -> str:
@@ -80,6 +84,8 @@ class Row(NamedTuple):
             flags.append(f"--micro-batch-tokens {self.tokens}")
         if self.lora:
             flags.append(f"--lora-rank {self.lora}")
+        if self.dtype != "bfloat16":
+            flags.append(f"--dtype {self.dtype}")
         if self.gpus > 1:
             flags.append("--shard")
         return " ".join(flags)
@@ -90,6 +96,7 @@ ROWS = [
     Row("OPT-125M"),
     Row("Qwen2-0.5B"),
     Row("Qwen2-0.5B", ALL),
+    Row("Qwen2-0.5B", ALL, 2048, dtype="float32"),
     Row("Phi-2"),
     Row("Phi-2", ALL),
     Row("Phi-2", ALL, lora=16),
@@ -99,6 +106,13 @@ ROWS = [
     Row("Mistral-7B", ALL),
     Row("Mistral-7B", ALL, gpus=8),
     Row("Mistral-7B", ALL, lora=16),
+    Row("Qwen2.5-7B", ALL),
+    Row("Qwen2.5-7B", ALL, gpus=8),
+    Row("Qwen2.5-7B", ALL, lora=16),
+    Row("Llama-3-8B", ALL),
+    Row("Llama-3-8B", ALL, gpus=8),
+    Row("Llama-3-8B", ALL, lora=16),
+    Row("Llama-3-8B", ALL, 4096, lora=16),
 ]
 
 
@@ -158,7 +172,7 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
     if device.type == "cpu":
         stand_in_for_kernels()
     settings = train.TrainConfig(
-        dtype="bfloat16",
+        dtype=row.dtype,
         sft_loss="full",
         micro_batch_tokens=row.tokens,
         shard=row.gpus > 1,
@@ -178,7 +192,7 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
             hook = getattr(torch.Tensor, name)
             hook = lambda p, f, hook=hook: hook(p if p.requires_grad else trained, f)  # noqa: E731
             setattr(torch.Tensor, name, hook)
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(getattr(torch, row.dtype))
     tracker = MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
@@ -188,7 +202,8 @@ def count(config: ModelConfig, row: Row) -> tuple[int, int]:
             add_lora(model, row.lora, 16.0)
         if row.gpus > 1:
             shard(model, settings)
-        model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, row.checkpointed
+        model.compute_dtype = getattr(torch, row.dtype)
+        model.checkpointed_blocks = row.checkpointed
         optimizer = train.make_optimizer(model, settings)
         train.training_step(model, optimizer, [batch], settings)  # makes the moments
         reference = None

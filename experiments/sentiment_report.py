@@ -163,6 +163,24 @@ COLUMNS = ("method", "KL", "score", "second scorer", "win rate over SFT, %", "di
            "base's log p", "held-out chosen", "held-out rejected")  # fmt: skip
 
 
+RESULTS = """## Results
+
+After 120 updates; three seeds, intervals of 95% over the evaluation openings or the held-out pairs.
+Lr is the learning rate.
+
+- KL: to the base model, in nats, summed over the 48 tokens of a continuation
+- score: VADER's compound score of the model's continuations, from -1 to 1, on whose order it was
+  trained; second scorer: log p("They were very happy.") - log p("They were very sad.") after the
+  continuation, by the base model, in nats
+- win rate over SFT: how often a continuation scores above one of SFT's (at the same learning rate)
+  of the same opening; ties count a half
+- distinct-2: of all neighbouring words in the continuations, the share that are different pairs
+- base's log p: what the base model gives a token of the continuations, a mean
+- held-out chosen, held-out rejected: log P of held-out pairs, a token's mean; of the base model
+  itself, and of the others their difference from it
+"""
+
+
 def rows_of(found: Found) -> list[list[str]]:
     """The table's rows: the base model, then every setting at its last checkpoint."""
     rows, first = [], next(iter(found.runs))
@@ -233,7 +251,9 @@ def write_report(results: dict, claims: dict, better_of_two: float, about: dict,
     judged, rows = judge(found), rows_of(found)
     folder.mkdir(parents=True, exist_ok=True)
     claimed = claims_table(claims, judged)
-    page = claimed + "\n" + table([list(COLUMNS), *rows])
+    heads = "# Controlled sentiment on stories260K", "## Claims"
+    parts = [*heads, claimed, RESULTS, table([list(COLUMNS), *rows])]
+    page = "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
     (folder / "sentiment.md").write_text(page, encoding="utf-8")
     if folder == PUBLISHED:
         write_into(PAGE, "sentiment", claimed)

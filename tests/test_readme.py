@@ -20,7 +20,7 @@ from tests.runs import METRICS, ROOT
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
-README, FLAGS = TEXTS["README.md"], TEXTS["flags.md"]
+README, FLAGS, LEARN = TEXTS["README.md"], TEXTS["flags.md"], TEXTS["learn.md"]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -188,15 +188,15 @@ def test_every_test_function_and_file_that_it_names_is_there(page):
         assert (ROOT / path).is_file() or path in made_by_hand, path
 
 
-def test_the_readme_names_its_tests():
-    assert len(re.findall(r"`(test_\w+)`", README)) > 12
+def test_the_page_on_orpo_names_its_tests():
+    assert len(re.findall(r"`(test_\w+)`", LEARN)) > 12
 
 
 def test_the_step_in_numbers_is_what_walk_py_prints():
     command = [sys.executable, "-m", "examples.walk"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     printed = re.sub(r" \(apart by .*?\)", "", done.stdout).splitlines()
-    quoted = README.partition("through the base model and back:\n")[2]
+    quoted = LEARN.partition("through the base model and back:\n")[2]
     quoted = [line.removeprefix("    ") for line in quoted.splitlines() if line.startswith("    ")]
     quoted = quoted[: next(i for i, line in enumerate(quoted) if "log P(rejected)" in line) + 1]
     assert len(quoted) > 10
