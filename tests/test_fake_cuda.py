@@ -61,6 +61,15 @@ def test_one_process_picks_a_card_with_its_index(given):
     assert torch.cuda.current_device() == 0
 
 
+def test_a_card_before_ampere_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    config = TrainConfig()
+    pick_device(config)
+    assert config.dtype == "float32"
+    with pytest.raises(ValueError, match="bfloat16: cuda:0 is a GPU without it; use --dtype float"):
+        pick_device(TrainConfig(dtype="bfloat16"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dtype_that_is_given_stays(dtype):
     config = TrainConfig(dtype=dtype)
