@@ -186,6 +186,8 @@ def test_a_trained_model_answers_there_as_here(name, form, tmp_path):
     family, settings = FAMILIES[name]
     torch.manual_seed(0)
     settings = settings | {"vocab_size": n, "pad_token_id": None, "eos_token_id": 7}
+    if rope := dict(settings.pop("rope_parameters", {})):  # in the form that transformers 4 reads
+        settings |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     model = getattr(transformers, family + SUFFIX.get(family, "ForCausalLM"))(
         getattr(transformers, f"{family}Config")(**settings)
     )
