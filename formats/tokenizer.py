@@ -129,6 +129,7 @@ class Tokenizer:
     """
 
     class_elsewhere: str | None = None  # the tokenizer_class to write, where another one is needed
+    steps_elsewhere: dict | None = None  # the steps to write into tokenizer.json, likewise
     date: datetime.date | None = None  # the day that the chat template is told; None: today
 
     def __init__(self, file: Path, config: dict, vocab: dict, added: list[dict], defaults: dict):
@@ -237,14 +238,19 @@ class Tokenizer:
             write_json(folder / "tokenizer_config.json", config | {"chat_template": named})
 
     def save_class(self, folder: Path):
-        """Has a folder of tokenizer files name a class by which transformers gets our ids, and no
-        code of its own, which is not handed on."""
+        """Has a folder of tokenizer files name a class and steps by which transformers gets our
+        ids, and no code of its own, which is not handed on."""
         config = optional_json(folder / "tokenizer_config.json")
         changed = {key: value for key, value in config.items() if key != "auto_map"}
         if self.class_elsewhere is not None:
             changed["tokenizer_class"] = self.class_elsewhere
+        if str(changed.get("tokenizer_class")).startswith("LlamaTokenizer"):
+            changed.setdefault("legacy", False)  # transformers 4 and 5 have different defaults
         if changed != config:
             write_json(folder / "tokenizer_config.json", changed)
+        if self.steps_elsewhere is not None:
+            file = folder / "tokenizer.json"
+            write_json(file, read_json(file) | self.steps_elsewhere)
 
     def save_bos(self, folder: Path):
         """Has a folder of tokenizer files put BOS before a text, and nothing after it, as training
@@ -381,13 +387,16 @@ class BPETokenizer(Tokenizer):
         if over_bytes and pre_tokenizer[-1]["type"] != "ByteLevel":
             raise UnsupportedStep("a pre_tokenizer with a step after ByteLevel")
         self.strips = bool({"Strip", "Metaspace"} & {*kinds})
-        # transformers builds a LlamaTokenizer anew, by `legacy`, whatever the file says, except for
-        # models whose tokenizer.json it reads as it is.
-        llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-        self.anew = llama and not over_bytes and model_type not in READ_AS_THEY_ARE
-        as_it_is = config.get("legacy", False) if self.anew else True
-        self.inside = Where.INSIDE if as_it_is else Where.CONTINUES
         self.class_elsewhere = class_elsewhere(config, normalizer, pre_tokenizer)
+        # transformers 5 builds a LlamaTokenizer anew, by `legacy`, whatever the file says, except
+        # for models whose tokenizer.json it reads as it is. transformers 4 takes the file's steps.
+        llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer") and not over_bytes
+        self.anew = llama and not self.class_elsewhere and model_type not in READ_AS_THEY_ARE
+        if self.anew:
+            scheme = "always" if config.get("legacy") else "first"
+            step = METASPACE | {"prepend_scheme": scheme}
+            self.steps_elsewhere = {"normalizer": None, "pre_tokenizer": step}
+            normalizer, pre_tokenizer = [], [step]
         asked = config.get("add_prefix_space")
         if asked is not None:
             normalizer, pre_tokenizer = with_prefix(asked, normalizer, pre_tokenizer)
@@ -411,8 +420,6 @@ class BPETokenizer(Tokenizer):
         return AddedTokens(raw)
 
     def encode_text(self, text: str, where: Where) -> list[int]:
-        if where == Where.INSIDE:
-            where = self.inside
         ids = []
         for part in self.normalized_added.split(self.normalize(text, where)):
             if isinstance(part, int):
@@ -422,7 +429,7 @@ class BPETokenizer(Tokenizer):
                 if self.resplit:
                     words = chain.from_iterable(map(SPACES_AND_WORD, words))
                 ids += self.model.word_ids.of(words)
-            where = self.inside
+            where = Where.INSIDE
         return ids
 
     def decode_text(self, ids: list[int], at_start: bool) -> str:
@@ -430,6 +437,7 @@ class BPETokenizer(Tokenizer):
         return text.removeprefix(" ") if at_start and self.strips else text
 
 
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 READ_AS_THEY_ARE = ("mistral", "phi3", "olmo2")  # tokenizers of these models, by transformers 5
 SPACES_AND_WORD = re.compile("▁*[^▁]+|▁+").findall
 
@@ -447,7 +455,8 @@ def class_elsewhere(config: dict, normalizer: list[dict], pre_tokenizer: list[di
     alike = {
         "GPT2Tokenizer": steps == ["ByteLevel"] and not pre_tokenizer[0].get("add_prefix_space"),
         "Qwen2Tokenizer": steps == ["NFC", "Split", "ByteLevel"] and patterns == [QWEN2_WORDS],
-        "LlamaTokenizer": "ByteLevel" in steps or has_prefix,
+        "LlamaTokenizer": "ByteLevel" in steps
+        or (has_prefix and {*steps} <= {"Prepend", "Replace", "Metaspace"}),
         "GemmaTokenizer": steps in (["Replace", "Split"], ["Replace"]),
     }
     return None if alike.get(kind, True) else "PreTrainedTokenizerFast"

@@ -235,11 +235,14 @@ def write_model_files(folder: Path, run: Run):
     if run.plain:
         run.tokenizer.save_bos(folder)
     if stops := stop_ids(run):
-        ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops}
         known = optional_json(folder / "generation_config.json")
         known = known or {"bos_token_id": run.tokenizer.bos_id}
+        ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops}
         write_json(folder / "generation_config.json", known | ends)
-        write_json(folder / "config.json", optional_json(folder / "config.json") | ends)
+    # One of each here: llama.cpp's converter passes over a list, and then takes an id of its own.
+    ids = {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": next(iter(stops), None)}
+    ids = {name: i for name, i in ids.items() if i is not None}
+    write_json(folder / "config.json", optional_json(folder / "config.json") | ids)
 
 
 def stop_ids(run: Run) -> list[int]:

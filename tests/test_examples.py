@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -331,6 +332,23 @@ def test_sample_says_which_question_fills_the_context(tmp_path):
     assert "row 2, turn 1, has" in done.stderr and "row 1" not in done.stderr
     first, second = json.loads(out.read_text())
     assert first["output"] and second["output"] == ""
+
+
+def test_sample_refuses_a_token_beyond_the_embedding_only_where_it_is_asked(tmp_path):
+    """As <pad> of Llama-2's mirrors."""
+    model = tmp_path / "model"
+    shutil.copytree(BASE, model)
+    n = json.loads((BASE / "config.json").read_text())["vocab_size"]
+    (model / "added_tokens.json").write_text(json.dumps({"<pad>": n}))
+    token = f"the token '<pad>', {n}, is beyond the embedding, which ends with {n - 1}: leave it"
+    error = run("sample.py", model, f"{PERU}<pad>", code=2).stderr
+    assert error.startswith(f"sample.py: the question: {token}") and error.count("\n") == 1
+    rows = [{"instruction": PERU}, {"instruction": "<pad>"}]
+    for asked in (rows[:1], rows):
+        (tmp_path / "q.json").write_text(json.dumps(asked))
+        files = ("--file", tmp_path / "q.json", "--out", tmp_path / "a.json")
+        done = run("sample.py", model, *files, "--max-new-tokens", "9", code=2 * (asked == rows))
+    assert done.stderr.startswith(f"sample.py: {tmp_path / 'q.json'}: row 2, turn 1: {token}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -64,9 +64,18 @@ def test_a_model_ends_its_answers_as_it_was_trained_and_as_its_base_did(
     write(base / "config.json", read(base / "config.json") | {"eos_token_id": config})
     out = written(base, tmp_path / "out")
     assert read(out / "generation_config.json")["eos_token_id"] == wanted
-    assert read(out / "config.json")["eos_token_id"] == wanted
+    assert read(out / "config.json")["eos_token_id"] == 2  # llama.cpp reads no list
     kept = {k: v for k, v in (generation or {}).items() if k != "eos_token_id"}
     assert kept.items() <= read(out / "generation_config.json").items()
+
+
+def test_the_config_names_the_bos_that_was_trained(base, tmp_path):
+    """Also where the base's does not: llama.cpp would take an id of its own."""
+    config = {k: v for k, v in read(base / "config.json").items() if k != "bos_token_id"}
+    for i, said in enumerate(({}, {"bos_token_id": 7})):
+        write(base / "config.json", config | said)
+        out = written(base, tmp_path / f"out{i}")
+        assert read(out / "config.json")["bos_token_id"] == 1
 
 
 def test_a_broken_generation_config_is_said_before_the_first_step(

@@ -214,6 +214,25 @@ def test_a_llama_tokenizer_follows_legacy_and_not_its_file(legacy, behind, make_
     assert t.encode("the</s>the", continuation=True) == [260, 264, 2, *behind]
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("spec", [llama2(), metaspace(prepend_scheme="always", split=True)])
+def test_a_llama_tokenizer_hands_on_the_steps_that_it_follows(spec, legacy, make_json, tmp_path):
+    """For transformers 4, which takes them from the file."""
+    t = make_json(spec, tokenizer_class="LlamaTokenizer", legacy=legacy)
+    texts = ("the</s>the", " the", "a  the", "</s> the", "")
+    wanted = [t.encode(text) for text in texts]
+    t.save_class(tmp_path)
+    assert [load_tokenizer(tmp_path).encode(text) for text in texts] == wanted
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert [load_tokenizer(tmp_path).encode(text) for text in texts] == wanted
+
+
+def test_what_a_llama_tokenizer_does_without_a_word_is_said(make_json, tmp_path):
+    """Without `legacy` transformers 4 takes true, and transformers 5 false."""
+    make_json(llama2(), tokenizer_class="LlamaTokenizerFast").save_class(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["legacy"] is False
+
+
 @pytest.mark.parametrize("scheme, behind", [("always", [265]), ("first", [260, 264])])
 def test_metaspace_puts_the_dummy_space(scheme, behind, make_json):
     t = make_json(metaspace(prepend_scheme=scheme))

@@ -33,13 +33,18 @@ def context_of(model) -> str:
     return f"model's context of {model.config.max_seq_len}"
 
 
-def prompt_ids(tokenizer, messages: list[dict], plain: bool) -> list[int]:
-    """What the model is to continue: the dialogue by its template, or just its text."""
+def prompt_ids(model, tokenizer, messages: list[dict], plain: bool) -> list[int]:
+    """What the model is to continue: the dialogue by its template, or just its text. Raises
+    ValueError where it has a token that the embedding lacks."""
     if plain:
         text = "\n".join(m["content"] for m in messages)
     else:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return data.encode_prompt(tokenizer, text, chat=not plain)
+    ids, n = data.encode_prompt(tokenizer, text, chat=not plain), model.config.vocab_size
+    if (i := max(ids, default=0)) >= n:
+        token = f"the token {tokenizer.decode([i])!r}, {i}, is beyond the embedding"
+        raise ValueError(f"{token}, which ends with {n - 1}: leave it out of the text")
+    return ids
 
 
 def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:
@@ -92,11 +97,16 @@ def answer_file(
         active = [i for i in range(len(rows)) if turn < len(asked[i])]
         for i in active:
             dialogues[i].append({"role": "user", "content": asked[i][turn]})
-        prompts = [prompt_ids(tokenizer, dialogues[i], plain) for i in active]
-        for i, ids in zip(active, prompts, strict=True):
-            if len(ids) >= model.config.max_seq_len:
-                has = f"row {i + 1}, turn {turn + 1}, has {len(ids)} tokens"
-                complain(f"{has} and fills the {context_of(model)}: its answer is empty")
+        prompts = []
+        for i in active:
+            where = f"row {i + 1}, turn {turn + 1}"
+            try:
+                prompts.append(prompt_ids(model, tokenizer, dialogues[i], plain))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if (n := len(prompts[-1])) >= model.config.max_seq_len:
+                fills = f"fills the {context_of(model)}: its answer is empty"
+                complain(f"{where}, has {n} tokens and {fills}")
         for i, text in zip(active, answers(model, tokenizer, prompts, **options), strict=True):
             dialogues[i].append({"role": "assistant", "content": text})
     said = [[m["content"] for m in dialogue[1::2]] for dialogue in dialogues]
@@ -145,10 +155,14 @@ def talk(model, tokenizer, question: str | None, plain: bool, **options):
     messages = []
     while asked := question or read_line():
         messages = [*([] if plain else messages), {"role": "user", "content": asked}]
-        ids = prompt_ids(tokenizer, messages, plain)
+        what = "the dialogue" if len(messages) > 1 else "the question"
+        try:
+            ids = prompt_ids(model, tokenizer, messages, plain)
+        except ValueError as error:
+            complain(f"{what}: {error}")
+            sys.exit(2)
         if len(ids) >= model.config.max_seq_len:
-            what = "dialogue" if len(messages) > 1 else "question"
-            complain(f"the {what} has {len(ids)} tokens and fills the {context_of(model)}")
+            complain(f"{what} has {len(ids)} tokens and fills the {context_of(model)}")
             sys.exit(2)
         messages.append({"role": "assistant", "content": stream(model, tokenizer, ids, **options)})
         if question:
@@ -189,7 +203,11 @@ def main():
             "batch_tokens": args.batch_tokens,
             "progress": functools.partial(tqdm, disable=None),
         }
-        made = answer_file(model, tokenizer, rows, name, plain, **options)
+        try:
+            made = answer_file(model, tokenizer, rows, name, plain, **options)
+        except ValueError as error:
+            complain(f"{args.file}: {error}")
+            sys.exit(2)
         lines = "turns" in rows[0]
         text = "\n".join(map(json.dumps, made)) if lines else json.dumps(made, indent=1)
         args.out.write_text(text + "\n", encoding="utf-8")

@@ -1,14 +1,16 @@
-"""Does llama.cpp, given a model that train.py handed back, give the answers that we give?
+"""Does llama.cpp, given a model that train.py handed back, read and answer as we do?
 
-    python convert_hf_to_gguf.py OUT/model --outtype f32 --outfile model.gguf  # llama.cpp's
+    python LLAMA.CPP/convert_hf_to_gguf.py OUT/model --outtype f32 --outfile model.gguf
     python -m tests.peers.llama_cpp OUT/model model.gguf EVAL.jsonl        # needs xllamacpp
 
-Greedy answers of up to 24 tokens to the first 60 prompts, by our generate and by llama.cpp.
+The ids of the first 60 prompts, strings or messages, and greedy answers of up to 24 tokens, by our
+generate and by llama.cpp's server. test_llama_cpp.py does the same with models made there.
 """
 
 import argparse
 import json
 import sys
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -19,31 +21,61 @@ from model import Transformer
 N_PROMPTS, NEW = 60, 24
 
 
-def ours(folder: Path, prompts: list[str]) -> list[str]:
-    model = Transformer.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = data.load_tokenizer(folder)
-    texts = []
+class LlamaCpp:
+    """llama.cpp's server for one model; a prompt is a text or messages."""
+
+    def __init__(self, gguf: Path, n_context=2048):
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel = str(gguf), n_context, 1
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.warmup, settings.verbosity = False, -1
+        self.server = xllamacpp.Server(settings)
+
+    def ask(self, path: str, **body) -> dict:
+        request = urllib.request.Request(
+            self.server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def ids(self, prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            prompt = self.ask("/apply-template", messages=prompt)["prompt"]
+        found = self.ask("/tokenize", content=prompt, add_special=True, parse_special=True)
+        return found["tokens"]
+
+    def answer(self, prompt, n_new=NEW) -> list[int]:
+        """The new ids, with the one that ended the answer."""
+        how = {"temperature": 0.0, "top_k": 1, "return_tokens": True, "verbose": True}
+        if isinstance(prompt, str):
+            return self.ask("/completion", prompt=prompt, n_predict=n_new, **how)["tokens"]
+        said = self.ask("/v1/chat/completions", messages=prompt, max_tokens=n_new, **how)
+        return said["__verbose"]["tokens"]
+
+
+def differences(folder: Path, gguf: Path, prompts: list) -> list[str]:
+    """A line for each prompt whose ids or answer differ."""
+    model, tokenizer = (
+        Transformer.from_pretrained(folder, dtype=torch.float32),
+        data.load_tokenizer(folder),
+    )
+    theirs, lines = LlamaCpp(gguf, min(2048, model.config.max_seq_len)), []
     for prompt in prompts:
-        ids = data.encode_prompt(tokenizer, prompt)
+        chat = not isinstance(prompt, str)
+        text = tokenizer.apply_chat_template(prompt, True) if chat else prompt
+        ids, found = data.encode_prompt(tokenizer, text, chat), theirs.ids(prompt)
+        if ids != found:
+            lines.append(f"{prompt!r:.60}: ours {ids}, llama.cpp {found}")
+            continue
         (new,) = model.generate([ids], NEW, eos_id=tokenizer.eos_id)
-        new = [token for token in new if token != tokenizer.eos_id]
-        texts.append(tokenizer.decode([*ids, *new])[len(tokenizer.decode(ids)) :])
-    return texts
-
-
-def theirs(gguf: Path, prompts: list[str]) -> list[str]:
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx, settings.n_parallel = str(gguf), 2048, 1
-    server = xllamacpp.Server(settings)
-    texts = []
-    for prompt in prompts:
-        request = {"prompt": prompt, "max_tokens": NEW, "temperature": 0.0, "top_k": 1}
-        answer = server.handle_completions(request)
-        answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
-        texts.append(answer["choices"][0]["text"])
-    return texts
+        if new != (answer := theirs.answer(prompt)):
+            texts = tokenizer.decode(new), tokenizer.decode(answer)
+            lines.append(f"{prompt!r:.60}: ours {texts[0]!r}, llama.cpp {texts[1]!r}")
+    return lines
 
 
 def main():
@@ -51,19 +83,12 @@ def main():
     for name in ("model", "gguf", "rows"):
         parser.add_argument(name, type=Path)
     args = parser.parse_args()
-    tokenizer, prompts = data.load_tokenizer(args.model), []
-    for row in data.load_preferences(args.rows)[:N_PROMPTS]:
-        prompt = row.prompt
-        if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        prompts.append(prompt)
-    pairs = list(zip(ours(args.model, prompts), theirs(args.gguf, prompts), strict=True))
-    for a, b in pairs:
-        if a != b:
-            print(f"ours {a!r}, llama.cpp {b!r}")
-    same = sum(a == b for a, b in pairs)
-    print(f"{same} of {len(pairs)} greedy answers are the same")
-    sys.exit(same != len(pairs))
+    prompts = [row.prompt for row in data.load_preferences(args.rows)[:N_PROMPTS]]
+    lines = differences(args.model, args.gguf, prompts)
+    print(*lines, sep="\n", end="\n" * bool(lines))
+    same = len(prompts) - len(lines)
+    print(f"{same} of {len(prompts)} prompts have the same ids and the same greedy answer")
+    sys.exit(bool(lines))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def llama3(folder):
 
 
 def qwen(folder):
-    of_bytes(folder, None, "</s>", tokenizer_class="Qwen2Tokenizer")
+    of_bytes(folder, None, "<|endoftext|>", tokenizer_class="Qwen2Tokenizer")
 
 
 def adds_eos(folder):
@@ -146,7 +146,7 @@ def test_messages_get_bos_once_also_where_strings_were_trained(kind, template, p
 
 
 # ---------------------------------------------------------------------------------------------
-# Whole runs.
+# Whole runs; those of base_of are also what test_llama_cpp.py and test_lm_eval.py serve.
 
 OWN = {  # family: the structure of its tokenizer, the class that its folder names, BOS
     "llama": ("Llama 2", "LlamaTokenizer", "<s>"),
@@ -170,6 +170,41 @@ CHAT = (
 )
 
 
+def trained(base, form, folder):
+    """The model of a run on one pair, which it then knows by heart; and the pair."""
+    row = {"prompt": ASKED, "chosen": " " + SAID, "rejected": " " + OTHER}
+    if form == "messages":
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        row = {key: [{"role": roles[key], "content": x.strip()}] for key, x in row.items()}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--max-steps", "60", "--batch-size", "1", "--lr", "5e-3", "--device", "cpu"]
+    flags += ["--save-every", "0"]
+    files = ["--data", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
+    train.main(["--model", str(base), *files, *flags])
+    return folder / "out" / "model", row
+
+
+def base_of(kind, family, folder):
+    """A random model of a family with one of KINDS, and a chat template."""
+    kind(folder)
+    file = folder / "tokenizer_config.json"
+    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": CHAT}
+    file.write_text(json.dumps(config | json.loads(file.read_text())))
+    context = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    sizes = {"vocab_size": data.load_tokenizer(folder).vocab_size, "eos_token_id": 7, context: 256}
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family][1] | sizes)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+QUESTIONS = [ASKED, "a", "a  b\nc", "naïve 1000", "What does Anna like?"]
+
+
+def prompts_of(form):
+    return [q if form == "strings" else [{"role": "user", "content": q}] for q in QUESTIONS]
+
+
 @pytest.mark.parametrize("form", ["strings", "messages"])
 @pytest.mark.parametrize("name", OWN)
 def test_a_trained_model_answers_there_as_here(name, form, tmp_path):
@@ -186,21 +221,14 @@ def test_a_trained_model_answers_there_as_here(name, form, tmp_path):
     family, settings = FAMILIES[name]
     torch.manual_seed(0)
     settings = settings | {"vocab_size": n, "pad_token_id": None, "eos_token_id": 7}
+    if rope := dict(settings.pop("rope_parameters", {})):  # in the form that transformers 4 reads
+        settings |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     model = getattr(transformers, family + SUFFIX.get(family, "ForCausalLM"))(
         getattr(transformers, f"{family}Config")(**settings)
     )
     model.save_pretrained(base)
-    row = {"prompt": ASKED, "chosen": " " + SAID, "rejected": " " + OTHER}
-    if form == "messages":
-        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-        row = {key: [{"role": roles[key], "content": x.strip()}] for key, x in row.items()}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    flags = ["--max-steps", "60", "--batch-size", "1", "--lr", "5e-3", "--device", "cpu"]
-    flags += ["--save-every", "0"]
-    files = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
-    train.main(["--model", str(base), *files, *flags])
+    out, row = trained(base, form, tmp_path)
 
-    out = tmp_path / "out" / "model"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer, ours = transformers.AutoTokenizer.from_pretrained(out), data.load_tokenizer(out)
     if form == "messages":
