@@ -104,7 +104,7 @@ def pick_device(config: TrainConfig) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
     several = "WORLD_SIZE" in os.environ  # torchrun says so
-    if config.eval_only and not several:  # how the run trained, as its config.json says
+    if config.eval_only and not several:  # which --config OUT/run.json may say
         config.shard = False
     if config.shard and not several:
         raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")
