@@ -118,7 +118,7 @@ def checkpoints(out: Path) -> list[Path]:
 def way_on(out) -> str:
     """What to do after a run that failed or was stopped. out: None where it writes no folder."""
     saved = out is not None and checkpoints(Path(out))
-    return "continue with --resume" if saved else "start again, as nothing was saved"
+    return "continue with --resume" if saved else "start again, as there is no checkpoint"
 
 
 def not_ours(out: Path) -> list[str]:

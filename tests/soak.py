@@ -24,8 +24,9 @@ from run.processes import STOPS
 from tests.runs import evaluations, file_bytes, files, launch, rows_of, start, steps, write_inputs
 
 KILLS = ("save", "loop", "save", "one", "save", "start", "save", "loop", "save", "one")
-FLAGS = ["--max-steps", "800", "--batch-size", "8", "--lr", "1e-4", "--warmup-steps", "2"]
-FLAGS += ["--save-every", "7", "--eval-every", "100", "--keep", "3"]
+PLACES = {"save": "steps", "loop": "steps", "one": "steps", "start": "start"}
+FLAGS = ["--max-steps", "250", "--batch-size", "8", "--lr", "1e-4", "--warmup-steps", "2"]
+FLAGS += ["--save-every", "7", "--eval-every", "10", "--keep", "3"]
 
 
 class Soak:
@@ -83,8 +84,9 @@ class Soak:
         process.communicate(timeout=100)
         self.killed += 1
         self.in_a_save += self.is_saving()
-        moment = "while a checkpoint was written" if self.is_saving() else f"in {how}"
-        print(f"{self.n} processes, SIGKILL {self.killed}, {moment}: {self.progress()}", flush=True)
+        whom = "one process" if how == "one" and workers else "all"
+        moment = "while a checkpoint was written" if self.is_saving() else f"in the {PLACES[how]}"
+        self.say(f"SIGKILL {self.killed} of {whom} {moment}")
 
     def stop(self, name: str):
         """One start that a signal to one of its processes ends in order."""
@@ -97,12 +99,13 @@ class Soak:
         status = 128 + number if self.n == 1 else 1  # 1 is torchrun's own
         if process.returncode != status or f"{name}: stopped after step" not in printed:
             raise RuntimeError(f"{name}: status {process.returncode}\n{printed}\n{errors}")
-        print(f"{self.n} processes, {name}: {self.progress()}", flush=True)
+        self.say(name)
 
-    def progress(self) -> str:
+    def say(self, what: str):
         saved = sorted(folder.name for folder in self.out.glob("checkpoints/*"))
         rows = steps(rows_of(self.out / "metrics.jsonl"))
-        return f"{len(rows)} rows; {' '.join(saved) or 'no checkpoint'}"
+        left = f"{len(rows)} rows; {' '.join(saved) or 'no checkpoint'}"
+        print(f"{self.n} processes, {what}: {left}", flush=True)
 
 
 def children(pid: int) -> list[int]:
@@ -142,6 +145,7 @@ def main():
             same = {"steps": steps(rows) == steps(wanted)}
             same["evaluations"] = evaluations(rows) == evaluations(wanted)
             same |= {x: file_bytes(out / x) == file_bytes(whole / x) for x in ("model", "best")}
+            print(f"{n} processes, the end: {same}", flush=True)
             different += [f"{what} of {n} processes" for what, equal in same.items() if not equal]
     n = 3 * len(KILLS)
     print(f"{n} kills, {in_a_save} of them while a checkpoint was written, {3 * len(STOPS)} stops")

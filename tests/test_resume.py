@@ -245,7 +245,7 @@ def test_a_stop_within_an_evaluation_does_not_wait_for_it(
         patch.setattr(train, "evaluate", signalled)
         run(arguments)
     assert stopped.value.code == 128 + signal.SIGTERM and seen[-1] == step
-    how = "continue with --resume" if step else "start again, as nothing was saved"
+    how = "continue with --resume" if step else "start again, as there is no checkpoint"
     assert f"stopped after step {step} of 12; {how}" in capsys.readouterr().out
     left = sorted(folder.name for folder in (tmp_path / "out").glob("checkpoints/*"))
     assert left == ([f"step-{step:08d}"] if step else [])

@@ -172,8 +172,9 @@ def table(outs: dict[str, Path]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in filled]
     lines = []
     for row in rows:
-        name, *cells = (f"{row[i]:>{n}}" for i, n in zip(filled, widths, strict=True))
-        lines.append("  ".join([f"{row[0]:<{len(name)}}", *cells]))
+        cells = [f"{row[i]:>{n}}" for i, n in zip(filled, widths, strict=True)]
+        cells[0] = f"{row[0]:<{widths[0]}}"
+        lines.append("  ".join(cells))
     return "\n".join(lines)
 
 
