@@ -47,18 +47,18 @@ clean:           ## remove environments, caches and runs
 
 .venv/run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
 .venv/dev: requirements-dev.txt requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 
 .venv-peers/peers: requirements-peers.txt requirements-dev.txt requirements.txt
 	test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
-	$(PEERS)/python -m pip install -q -r requirements-peers.txt
-	$(PEERS)/python -m pip install -q --no-deps liger-kernel
+	$(PEERS)/python -m pip install -r requirements-peers.txt
+	$(PEERS)/python -m pip install --no-deps liger-kernel
 	touch $@
 
 .PHONY: help train test test-slow test-peers gradcheck bench conformance compare lint task plot clean

@@ -11,8 +11,8 @@
   two machines of eight GPUs that share a file system; on both, HOST being the name of the first:
     torchrun --shutdown-timeout 600 --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
       --rdzv-endpoint HOST:29500 train.py ... --shard
-  the evaluation of a finished run, as one JSON object:
-    python train.py --config OUT/run.json --model OUT/model --eval-only
+  the evaluation of a finished run, with the run's settings, as one JSON object:
+    python train.py --model OUT/model --eval-only
 """
 
 import contextlib
@@ -56,6 +56,7 @@ from run.folder import (
     is_finished,
     print_best,
     print_changes,
+    way_on,
     write_row,
 )
 from run.log import HostCopy, Log, NotFinite, check_updates, due, n_updates
@@ -327,7 +328,7 @@ def loop(
                 save_checkpoint(run, step)
         log.close()
         name = signal.Signals(stop.number).name
-        print(f"{name}: stopped after step {step} of {n_steps}; continue with --resume")
+        print(f"{name}: stopped after step {step} of {n_steps}; {way_on(run.out)}")
         return stop.number
     log.close()
     return 0
@@ -497,7 +498,8 @@ def main(argv=None):
 def run_in_order(argv) -> int:
     """The exit status, after one sentence where something is wrong."""
     try:
-        return run_command(parse(argv, __doc__))
+        config = parse(argv, __doc__)
+        return run_command(config)
     except KeyboardInterrupt:  # outside of the loop, which stops in order
         print("train.py: stopped by Ctrl-C", file=sys.stderr)
         return 130
@@ -510,7 +512,7 @@ def run_in_order(argv) -> int:
             raise
         print(
             f"train.py, process {rank()}: another process of this job has failed or was killed; "
-            "what it printed, or the system's log, says why; continue with --resume",
+            f"what it printed, or the system's log, says why; {way_on(config.out)}",
             file=sys.stderr,
         )
         return 1

@@ -10,7 +10,7 @@ import torch
 
 from data import Pair
 from model import Transformer
-from run.processes import reshard
+from run.processes import gather, is_sharded, rank, reshard, world_size
 
 
 def answers(
@@ -19,7 +19,8 @@ def answers(
     """The model's answer to each prompt (token ids), as text; "" where that fills the context.
 
     Prompts of like lengths go together while they and their longest answers have batch_tokens
-    tokens. Sampled answers depend on their neighbours: see Transformer.generate.
+    tokens. Sampled answers depend on their neighbours (see Transformer.generate), and on the number
+    of processes, each of which answers a share of the batches.
     """
     texts, end, context = [""] * len(prompts), tokenizer.turn_end(), model.config.max_seq_len
     batches, size = [], math.inf
@@ -31,13 +32,23 @@ def answers(
             batches, size = [*batches, []], 0
         batches[-1].append(i)
         size += n_tokens
-    for batch in progress(batches):
-        rows = [prompts[i] for i in batch]
-        new = model.generate(rows, max_new, eos_id=tokenizer.eos_id, **sampling)
-        for i, ids in zip(batch, new, strict=True):
-            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
-            texts[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
+    # The processes of a sharded model must go through its forward passes together, and different
+    # batches would end after different numbers of them: so all processes answer every batch.
+    own, n = (0, 1) if is_sharded(model) else (rank(), world_size())
+    if own and sampling.get("generator") is not None:  # not the same draws as in process 0
+        sampling["generator"].manual_seed(sampling["generator"].initial_seed() + own)
+    answered = {}
+    for first in progress(range(0, len(batches), n)):  # by all together, also the last
+        for batch in batches[first + own : first + own + 1]:
+            rows = [prompts[i] for i in batch]
+            new = model.generate(rows, max_new, eos_id=tokenizer.eos_id, **sampling)
+            for i, ids in zip(batch, new, strict=True):
+                ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
+                answered[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
     reshard(model)
+    for share in gather(answered):
+        for i, text in share.items():
+            texts[i] = text
     return texts
 
 

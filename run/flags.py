@@ -7,7 +7,9 @@ file, --help and what --resume compares.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -185,6 +187,20 @@ def settings_of(config: TrainConfig) -> dict:
     return {name: value for name, value in settings.items() if name not in left_out}
 
 
+SETTINGS = "run.json"  # a name that no Hugging Face folder has
+
+
+def read_settings(folder: Path) -> dict | None:
+    """The settings of a run or of a checkpoint; None where there are none that can be read. Older
+    versions called the file config.json, as a model's is called too."""
+    for name in (SETTINGS, "config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(settings, dict) and "lam" in settings:
+                return settings
+    return None
+
+
 # ---------------------------------------------------------------------------------------------
 # Resuming.
 
@@ -336,13 +352,42 @@ def parse(argv: list[str] | None, about: str = "") -> TrainConfig:
     config_file = given.pop("config")
     if config_file is None and not {"model", "data"} & set(given):
         config_file = BUILTIN
-    settings = {} if config_file is None else read_config(Path(config_file))
+    if config_file is not None:
+        settings = read_config(Path(config_file))
+    else:
+        settings = settings_to_evaluate(given) if {"eval_only", "model"} <= set(given) else {}
     if "out" in given:  # the file's `overwrite` is about the folder that it names itself
         settings.pop("overwrite", None)
     config = TrainConfig(**(settings | given))
     config.check()
     config.check_together()
     return config
+
+
+# What the numbers of an evaluation depend on, beside the weights.
+HELD_OUT = ("data", "eval_data", "eval_fraction")
+EVALUATION = (
+    *("lam", "sft_loss", "chat_template", "date"),
+    *("max_length", "max_prompt_length", "seed", "dtype"),
+)
+
+
+def settings_to_evaluate(given: dict) -> dict:
+    """How the run in whose folder --model lies evaluates, less what is given by hand; {} where the
+    model lies in no run. Says so."""
+    out = Path(os.path.abspath(given["model"])).parent
+    then = read_settings(out) or {}
+    own_template = (Path(given["model"]) / "chat_template.jinja").is_file()
+    if own_template or not Path(then.get("chat_template") or "").is_file():
+        then.pop("chat_template", None)  # the model's is that with which it was trained
+    names = EVALUATION if set(HELD_OUT) & set(given) else (*HELD_OUT, *EVALUATION)
+    taken = {name: then[name] for name in names if then.get(name) is not None}
+    taken = {name: value for name, value in taken.items() if name not in given}
+    TrainConfig(**taken).check(f"{out / SETTINGS}: ")
+    if taken and os.environ.get("RANK", "0") == "0":
+        words = " ".join(f"--{dashed(name)} {value}" for name, value in taken.items())
+        print(f"train.py: as the run in {out}: {words}", file=sys.stderr)
+    return taken
 
 
 def read_config(file: Path) -> dict:

@@ -20,7 +20,14 @@ from datetime import date
 from pathlib import Path
 
 from formats.files import NotWritten, reason_of, whole_file
-from run.flags import LENGTHS, TrainConfig, refuse_other_settings, settings_of
+from run.flags import (
+    LENGTHS,
+    SETTINGS,
+    TrainConfig,
+    read_settings,
+    refuse_other_settings,
+    settings_of,
+)
 from run.processes import barrier, max_over_processes, rank
 
 
@@ -72,7 +79,6 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 LOCK = ".lock"
 FINISHED = "finished"  # a file with the last step
-SETTINGS = "run.json"  # a name that no Hugging Face folder has
 FOLDERS = ("checkpoints", "model", "best", "adapters")
 
 
@@ -109,15 +115,10 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(ours, reverse=True)
 
 
-def read_settings(folder: Path) -> dict | None:
-    """The settings of a run or of a checkpoint; None where there are none that can be read. Older
-    versions called the file config.json, as a model's is called too."""
-    for name in (SETTINGS, "config.json"):
-        with contextlib.suppress(OSError, ValueError):
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
-            if isinstance(settings, dict) and "lam" in settings:
-                return settings
-    return None
+def way_on(out) -> str:
+    """What to do after a run that failed or was stopped. out: None where it writes no folder."""
+    saved = out is not None and checkpoints(Path(out))
+    return "continue with --resume" if saved else "start again, as there is no checkpoint"
 
 
 def not_ours(out: Path) -> list[str]:
@@ -200,8 +201,7 @@ def write_row(out: Path | None, row: dict):
             with open(file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as error:
-            advice = "fix this, then continue with --resume"
-            raise NotWritten(file, error.strerror, advice) from None
+            raise NotWritten(file, error.strerror, f"fix this, then {way_on(out)}") from None
 
 
 def read_rows(out: Path) -> list[dict]:
@@ -258,12 +258,10 @@ def settings_before(out: Path) -> tuple[dict, Path] | None:
 
 def date_of_run(config: TrainConfig) -> str:
     """The day that a chat template writes, YYYY-MM-DD, for every start of a run and every process:
-    --date, else that of the run which is resumed or whose model is evaluated, else today."""
+    --date, else that of the run which is resumed, else today."""
     then = {}
     if config.resume:
         then, _ = settings_before(Path(config.out)) or ({}, None)
-    elif config.eval_only:  # of OUT/model
-        then = read_settings(Path(config.model).parent) or {}
     today = max_over_processes(date.today().toordinal())  # clocks and time zones may differ
     return config.date or then.get("date") or date.fromordinal(today).isoformat()
 

@@ -55,6 +55,18 @@ def max_over_processes(number: int) -> int:
     return int(x)
 
 
+def gather(own) -> list:
+    """What each process has, in their order, for all of them. Through the CPU, pickled."""
+    everyones = [own] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyones, own)
+    return everyones
+
+
+def is_sharded(model: Transformer) -> bool:
+    return isinstance(model, fsdp.FSDPModule)
+
+
 def shard(model: Transformer, config: TrainConfig):
     """FSDP2: each process keeps a part of every weight; a block is gathered when it is its turn.
 
@@ -75,7 +87,7 @@ def shard(model: Transformer, config: TrainConfig):
 
 def reshard(model: Transformer):
     """Lets go of embedding and lm_head, which are still gathered if no backward pass follows."""
-    if isinstance(model, fsdp.FSDPModule):
+    if is_sharded(model):
         model.reshard()
 
 
@@ -92,7 +104,7 @@ def pick_device(config: TrainConfig) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
     several = "WORLD_SIZE" in os.environ  # torchrun says so
-    if config.eval_only and not several:  # how the run trained, as its config.json says
+    if config.eval_only and not several:  # which --config OUT/run.json may say
         config.shard = False
     if config.shard and not several:
         raise ValueError("--shard: there is one process; torchrun --nproc-per-node N starts more")

@@ -25,16 +25,14 @@ from data import Pair
 from formats.config import write_config
 from formats.files import NotWritten, optional_json, reason_of, write_json
 from model import Transformer
-from run.flags import TrainConfig, refuse_other_settings, settings_of
-from run.folder import (
-    FINISHED,
+from run.flags import (
     SETTINGS,
-    checkpoints,
-    read_best,
+    TrainConfig,
     read_settings,
-    remove,
-    replaced,
+    refuse_other_settings,
+    settings_of,
 )
+from run.folder import FINISHED, checkpoints, read_best, remove, replaced, way_on
 from run.lora import lora_layers, merge_lora, write_adapters
 from run.processes import max_over_processes, rank
 
@@ -136,8 +134,8 @@ def save_state(
                 remove(old)
     except (OSError, dcp.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        advice = "fix this, then continue with --resume"
-        raise NotWritten(final, first_line(error), f"{last_good(out)}; {advice}") from None
+        advice = f"{last_good(out)}; fix this, then {way_on(out)}"
+        raise NotWritten(final, first_line(error), advice) from None
 
 
 def last_good(out: Path) -> str:
@@ -286,7 +284,7 @@ def save_best(run: Run, row: dict):
         try:
             save_model(run, run.out / "best", row)
         except NotWritten as error:
-            advice = "fix this, then continue with --resume"
+            advice = f"fix this, then {way_on(run.out)}"
             raise NotWritten(error.path, error.reason, advice) from None
 
 
@@ -309,5 +307,5 @@ def finish(run: Run):
             (run.out / FINISHED).write_text(f"{run.n_steps}\n", encoding="utf-8")
     except OSError as error:
         path = error.path if isinstance(error, NotWritten) else run.out
-        advice = f"{last_good(run.out)}; make space, then continue with --resume"
+        advice = f"{last_good(run.out)}; make space, then {way_on(run.out)}"
         raise NotWritten(path, reason_of(error), advice) from None

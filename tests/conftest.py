@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from model import ModelConfig, Transformer
 
 pytest.register_assert_rewrite("tests.runs")
 
-from tests.runs import FACTS, TWELVE_STEPS, files, run
+from tests.runs import TWELVE_STEPS, files, run, write_inputs
 from tests.small import random_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -105,15 +104,7 @@ def tiny_llama(tiny_tokenizer, tmp_path_factory) -> Path:
 def folder(tmp_path_factory) -> Path:
     """A random model of 60,000 parameters with a real tokenizer, and rows of real pairs."""
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = ModelConfig(1536, 32, 2, 4, 48, n_kv_heads=2, max_seq_len=128, tie_embeddings=True)
-    Transformer(config).save_pretrained(folder / "model")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(FACTS / "base" / name, folder / "model" / name)
-    rows = (FACTS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
-    rows = (FACTS / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "eval.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
+    write_inputs(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import train
-from model import Transformer
+from model import ModelConfig, Transformer
 from run.log import HostCopy
 
 ROOT = Path(train.__file__).resolve().parent
@@ -28,8 +29,20 @@ TWELVE_STEPS += ["--lr", "3e-3", "--lam", "0.5"]
 UNEVEN = ["--batch-size", "7", "--max-steps", "8", "--micro-batch-tokens", "100", "--lr", "1e-3"]
 
 
+def write_inputs(folder: Path):
+    """A random model of 60,000 parameters with a real tokenizer, and rows of real pairs."""
+    torch.manual_seed(0)
+    config = ModelConfig(1536, 32, 2, 4, 48, n_kv_heads=2, max_seq_len=128, tie_embeddings=True)
+    Transformer(config).save_pretrained(folder / "model")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(FACTS / "base" / name, folder / "model" / name)
+    for name, n in (("train.jsonl", 40), ("eval.jsonl", 6)):
+        rows = (FACTS / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(rows[:n]), encoding="utf-8")
+
+
 def files(folder: Path) -> list[str]:
-    """The flags for what conftest.py's `folder` holds."""
+    """The flags for what `write_inputs` wrote."""
     names = {"model": "model", "data": "train.jsonl", "eval-data": "eval.jsonl"}
     flags = [x for flag, name in names.items() for x in (f"--{flag}", str(folder / name))]
     return [*flags, "--device", "cpu"]

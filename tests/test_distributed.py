@@ -1,6 +1,7 @@
 """Several processes, over gloo on the CPU, take the very steps that one takes."""
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -14,7 +15,9 @@ import data
 import train
 from formats.families import FAMILIES
 from model import ModelConfig, Transformer
+from run.answers import answers
 from tests.runs import (
+    FACTS,
     ROOT,
     UNEVEN,
     compare,
@@ -155,6 +158,54 @@ def test_process_0_alone_speaks_and_tells_the_balance(two_processes):
     assert two_processes[1].count("over 2 processes, the busiest with 1.") == 5
 
 
+ANSWER = """
+import functools, json, os, sys, torch, data, train
+from run import answers, processes
+source, out, prompts = sys.argv[1:]
+config = train.TrainConfig(device="cpu")
+processes.pick_device(config)
+found = []
+for shard in (None, functools.partial(processes.shard, config=config)):
+    model = train.Transformer.from_pretrained(source, config.device, torch.float32, shard)
+    tokenizer, batches, generate = data.load_tokenizer(source), [], model.generate
+    model.generate = lambda rows, *a, **k: batches.append(rows) or generate(rows, *a, **k)
+    for temperature in (0.0, 1.0):
+        sampling = {"temperature": temperature, "generator": torch.Generator().manual_seed(0)}
+        texts = answers.answers(model, tokenizer, json.loads(prompts), 16, 95, **sampling)
+        found.append([texts, len(batches)])
+        batches.clear()
+with open(f"{out}/{processes.rank()}.json", "w") as f:
+    json.dump(found, f)
+processes.barrier()
+os._exit(0)
+"""
+
+
+def test_processes_share_the_answers_and_find_those_of_one(tmp_path):
+    """Of nine prompts in five batches each process has three or two, but all of them where the
+    model is sharded. Sampled answers of another process are other draws."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 200) for _ in range(rng.randint(1, 40))] for _ in range(9)]
+    model = Transformer.from_pretrained(FACTS / "base", dtype=torch.float32)
+    tokenizer = data.load_tokenizer(FACTS / "base")
+    sampling = {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
+    greedy = answers(model, tokenizer, prompts, 16, 95)
+    sampled = answers(model, tokenizer, prompts, 16, 95, **sampling)
+    (tmp_path / "script.py").write_text(ANSWER)
+    words = [str(FACTS / "base"), str(tmp_path), json.dumps(prompts)]
+    process = start(2, words, tmp_path / "script.py")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found = [json.loads((tmp_path / f"{k}.json").read_text()) for k in range(2)]
+    assert [[n for _, n in own] for own in found] == [[3, 3, 5, 5], [2, 2, 5, 5]]
+    texts = [[text for text, _ in own] for own in found]
+    assert texts[0] == texts[1]
+    shared, shared_sampled, sharded, sharded_sampled = texts[0]
+    assert greedy == shared == sharded and len(set(greedy)) > 2
+    assert sampled == sharded_sampled != shared_sampled
+    assert any(a == b for a, b in zip(sampled, shared_sampled, strict=True))
+
+
 LOAD_AND_SAVE = """
 import functools, os, sys, torch, train
 from run import processes
@@ -262,3 +313,4 @@ def test_a_process_that_loses_another_says_so_in_a_sentence(folder, tmp_path, mo
     assert processes[0].returncode == 1
     (line,) = [line for line in errors.splitlines() if "step/s" not in line]
     assert line.startswith("train.py, process 0: another process of this job has failed or was")
+    assert line.endswith("; start again, as there is no checkpoint")

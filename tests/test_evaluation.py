@@ -1,6 +1,7 @@
 """Evaluation: before, after and in between, by itself, and answers that count as right."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,66 @@ def test_a_runs_config_evaluates_its_model_as_the_run_did(whole, capsys):
     row = json.loads(capsys.readouterr().out)
     # The seed of sampled answers goes with the step.
     assert row | {"eval_accepted/sampled": 0} == expected | {"eval_accepted/sampled": 0}
+
+
+def evaluates(capsys, *flags: str) -> tuple[dict, str]:
+    """What --eval-only prints on stdout and on stderr."""
+    capsys.readouterr()
+    train.main(["--eval-only", "--device", "cpu", *map(str, flags)])
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def test_a_model_in_a_run_is_evaluated_as_the_run_did(whole, capsys):
+    """And a line says so, with the flags that do the same anywhere."""
+    row, said = evaluates(capsys, "--model", whole.out / "model")
+    expected = whole.rows[-1] | {"step": 0, "lam": 0.5, "sft_loss": "response"}
+    assert row | {"eval_accepted/sampled": 0} == expected | {"eval_accepted/sampled": 0}
+    (line,) = [line for line in said.splitlines() if line.startswith("train.py: ")]
+    assert line.startswith(f"train.py: as the run in {whole.out}: --data ")
+    flags = line.split(": ")[2].split()
+    assert flags[flags.index("--lam") + 1] == "0.5"
+    again, said = evaluates(capsys, *flags, "--model", whole.out / "model")
+    assert again == row and "as the run in" not in said
+
+
+def test_a_flag_wins_over_the_run_in_which_a_model_lies(folder, tmp_path, capsys):
+    """Rows count as one: with other --eval-data nothing of the run's data is left."""
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    flags += ["--eval-fraction", "0.25", "--lam", "0", "--sft-loss", "full", "--device", "cpu"]
+    run(flags, "--out", str(tmp_path / "out"), "--max-steps", "1", "--max-length", "40")
+    model = ["--model", tmp_path / "out" / "model"]
+    row, _ = evaluates(capsys, *model)
+    assert (row["lam"], row["sft_loss"]) == (0, "full")
+    assert row["eval_loss"] == pytest.approx(row["eval_nll_loss"])
+    more = ["--lam", "2", "--max-length", "64", "--eval-data", folder / "eval.jsonl"]
+    row, said = evaluates(capsys, *model, *more)
+    assert (row["lam"], row["sft_loss"]) == (2, "full")
+    taken = re.findall(r"--([\w-]+)", said.splitlines()[0])
+    assert taken == ["sft-loss", "date", "max-prompt-length", "seed", "dtype"]
+
+
+def test_a_copy_of_a_model_is_evaluated_as_any_other(whole, folder, tmp_path, capsys):
+    model = shutil.copytree(whole.out / "model", tmp_path / "copy")
+    row, said = evaluates(capsys, "--model", model, "--eval-data", folder / "eval.jsonl")
+    assert row["lam"] == 0.1 and "as the run in" not in said
+
+
+def test_the_template_of_a_run_is_that_in_its_model(whole, tmp_path, capsys):
+    """The file of --chat-template may have gone; where the model has none it is still used."""
+    out = shutil.copytree(whole.out, tmp_path / "out")
+    (out / "model" / "chat_template.jinja").unlink()
+    settings = json.loads((out / "run.json").read_text())
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    (out / "run.json").write_text(json.dumps(settings | {"chat_template": str(template)}))
+    flags = ["--model", out / "model"]
+    assert f"--chat-template {template}" in evaluates(capsys, *flags)[1]
+    shutil.copyfile(template, out / "model" / "chat_template.jinja")
+    assert "--chat-template" not in evaluates(capsys, *flags)[1]
+    (out / "model" / "chat_template.jinja").unlink()
+    template.unlink()
+    assert "--chat-template" not in evaluates(capsys, *flags)[1]
 
 
 def test_eval_only_evaluates_on_what_was_held_out(folder, tmp_path, capsys):

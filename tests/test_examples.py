@@ -1,4 +1,4 @@
-"""prepare.py, sample.py, plot.py and task.py."""
+"""prepare.py, sample.py, plot.py, follow.py and task.py."""
 
 import contextlib
 import gzip
@@ -8,14 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
-from tools import prepare
+from tools import follow, plot, prepare
 from tools.sample import stream
 
 ROOT = Path(data.__file__).resolve().parent
@@ -386,18 +388,107 @@ def test_the_manner_of_an_answer_is_found_in_its_text(manner):
     assert task_file.manner_of("Lima? " + text, fact, facts) == "other"
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_plot_draws_one_run_and_several(tmp_path):
+needs_matplotlib = pytest.mark.skipif(
+    find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """The folders of three runs, with lam 0, 1 and 2 and two evaluations each."""
     names = ("logps/chosen", "logps/rejected", "rewards/accuracies", "nll_loss", "log_odds_ratio")
-    row = dict.fromkeys(names, -0.25)
-    held_out = {f"eval_{name}": x for name, x in row.items()} | {"step": 0, "eval_loss": 1.0}
-    for run_name in ("one", "two", "three"):
-        (tmp_path / run_name).mkdir()
-        rows = [held_out, *({"step": i, "loss": 1.0, **row} for i in (1, 2))]
+    outs = []
+    for lam, name in enumerate(("one", "two", "three")):
+        row = dict.fromkeys((*names, "log_odds_chosen"), -0.25 - lam)
+        held_out = {f"eval_{k}": x for k, x in row.items()} | {"eval_loss": 1.0}
+        rows = [held_out | {"step": 0, "eval_nll_loss": 9.0}]
+        rows += [{"step": i, "loss": 1.0, **row} for i in (1, 2)] + [held_out | {"step": 2}]
+        outs.append(tmp_path / name)
+        outs[-1].mkdir()
         text = "".join(json.dumps(x) + "\n" for x in rows)
-        (tmp_path / run_name / "metrics.jsonl").write_text(text)
-    run("plot.py", tmp_path / "one")
+        (outs[-1] / "metrics.jsonl").write_text(text + '{"step": 3, "lo')  # it was killed
+        (outs[-1] / "run.json").write_text(json.dumps({"lam": lam, "sft_loss": "full"}))
+    return outs
+
+
+@needs_matplotlib
+def test_plot_draws_one_run_and_several(runs, tmp_path):
+    run("plot.py", runs[0])
     assert "<svg" in (tmp_path / "one" / "curves.svg").read_text()
-    outs = (tmp_path / "one", tmp_path / "two", tmp_path / "three")
-    run("plot.py", *outs, "--save", tmp_path / "all.png")
+    many = [*runs, *(shutil.copytree(runs[0], tmp_path / name) for name in ("four", "five"))]
+    printed = run("plot.py", *many, "--save", tmp_path / "all.png").stdout
+    assert printed.count("full") == 5 and "all.png, with the first 4 runs" in printed
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_matplotlib
+@pytest.mark.parametrize(("steps", "lines"), [((0, 2), 2), ((0, 1, 2), 1), ((), 1)])
+def test_what_is_held_out_is_joined_by_a_line(steps, lines):
+    """Beside the moving mean of the steps where there are two, and in its place where more."""
+    ax = plot.style("agg").figure().add_subplot()
+    rows = [{"step": step, "x": 1.0, "loss": 1.0} for step in (1, 2)]
+    rows += [{"step": step, "eval_x": 2.0, "eval_loss": 1.0} for step in steps]
+    plot.draw_curve(ax, lambda row: row["x"], "--", "#000000", rows, accepted=False)
+    drawn = [line for line in ax.get_lines() if line.get_alpha() is None]
+    assert [line.get_linestyle() for line in drawn] == ["--"] * lines
+    assert [len(line.get_xdata()) for line in drawn if line.get_marker() == "o"] == [
+        len(steps) for _ in steps[:1]
+    ]
+
+
+def test_the_table_compares_runs_by_numbers_without_lam(runs):
+    head, *lines = plot.table({out.name: out for out in runs}).splitlines()
+    assert head.split("  ")[0] == "held out" and "greedy" not in head and "loss" not in head
+    assert [line.split() for line in lines] == [
+        ["one", "0", "full", "2", *["-0.250"] * 5],
+        ["two", "1", "full", "2", *["-1.250"] * 5],
+        ["three", "2", "full", "2", *["-2.250"] * 5],
+    ]
+    assert len({len(line) for line in (head, *lines)}) == 1
+    (runs[0] / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    assert plot.table({"one": runs[0]}) == ""
+
+
+def test_the_followers_get_each_row_once_also_across_a_resume(tmp_path, monkeypatch):
+    """Of a run that is followed from its beginning, whose last steps are computed twice."""
+    rows = [{"step": 0, "eval_loss": 5.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]
+    rows += [{"step": 2, "eval_loss": 3.5}]
+    states = [rows[:2], rows[:3], rows[:2], rows]
+
+    def goes_on(seconds):
+        if states:
+            text = "".join(json.dumps(row) + "\n" for row in states.pop(0))
+            (tmp_path / "metrics.jsonl").write_text(text)
+        else:
+            (tmp_path / "finished").write_text("2\n")
+
+    sent = []
+    monkeypatch.setattr(time, "sleep", goes_on)
+    follow.follow(tmp_path, lambda step, numbers: sent.append({"step": step} | numbers))
+    assert sent == rows and not states
+
+
+@pytest.mark.parametrize("to", ["tensorboard", "wandb"])
+def test_a_run_is_followed_by(to, runs, monkeypatch):
+    """Stand-ins for both packages, of which the project needs neither."""
+    sent = []
+    if to == "wandb":
+        made = SimpleNamespace(log=lambda numbers, step: sent.append((step, numbers["loss"])))
+        module = SimpleNamespace(init=lambda **about: made, __spec__=1)
+        monkeypatch.setitem(sys.modules, "wandb", module)
+    else:
+        add = SimpleNamespace(add_scalar=lambda name, x, step: sent.append((step, x)))
+        module = SimpleNamespace(SummaryWriter=lambda out, flush_secs: add)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    follow.sender(to, runs[0])(3, {"loss": 1.5})
+    assert sent == [(3, 1.5)]
+
+
+def test_a_follower_that_is_not_installed_or_has_no_run_says_so(tmp_path):
+    for to in ("tensorboard", "wandb"):
+        if find_spec(to) is None:
+            error = run("follow.py", tmp_path, "--to", to, code=2).stderr
+            assert error.startswith(f"follow.py: {to} is not installed: {sys.executable} -m pip in")
+        else:
+            error = run("follow.py", tmp_path / "no", "--to", to, code=2).stderr
+            assert "no: no such folder" in error

@@ -245,7 +245,8 @@ def test_a_stop_within_an_evaluation_does_not_wait_for_it(
         patch.setattr(train, "evaluate", signalled)
         run(arguments)
     assert stopped.value.code == 128 + signal.SIGTERM and seen[-1] == step
-    assert f"stopped after step {step} of 12" in capsys.readouterr().out
+    how = "continue with --resume" if step else "start again, as there is no checkpoint"
+    assert f"stopped after step {step} of 12; {how}" in capsys.readouterr().out
     left = sorted(folder.name for folder in (tmp_path / "out").glob("checkpoints/*"))
     assert left == ([f"step-{step:08d}"] if step else [])
     assert_the_same_run(run(arguments, "--resume"), tmp_path / "out", evaluated)
@@ -495,7 +496,7 @@ def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
     monkeypatch.setattr("formats.weights.write_safetensors", limited)
     evaluates_to(monkeypatch, 1.0, 5.0, 3.0)
     out = tmp_path / "out"
-    reason = f"{out}/best: not written: No space left on device; fix this, then continue with --res"
+    reason = f"{out}/best: not written: No space left on device; fix this, then start again, as "
     assert reason in fails(capsys, arguments)
     assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == 3
     assert sorted(file.name for file in out.iterdir()) == ["best", "metrics.jsonl", "run.json"]

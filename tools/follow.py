@@ -1,0 +1,63 @@
+"""Sends the rows of a run to TensorBoard or W&B while it goes, until the run has finished.
+
+    python -m tools.follow OUT                  for: tensorboard --logdir OUT
+    python -m tools.follow OUT --to wandb
+
+Needs the package of that name. What --resume computes again is not sent again.
+"""
+
+import argparse
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from run.flags import read_settings
+from run.folder import FINISHED, read_rows
+
+
+def sender(to: str, out: Path):
+    """A function of a step and its numbers by name."""
+    if to == "wandb":
+        import wandb
+
+        run = wandb.init(name=out.name, dir=out, config=read_settings(out))
+        return lambda step, numbers: run.log(numbers, step=step)
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(out, flush_secs=5)
+    return lambda step, numbers: [writer.add_scalar(*x, step) for x in numbers.items()]
+
+
+def follow(out: Path, send):
+    sent, finished = set(), False
+    while not finished:
+        finished = (out / FINISHED).exists()  # asked first: then no row comes later
+        for row in read_rows(out):
+            if (key := (row["step"], "eval_loss" in row)) not in sent:
+                sent.add(key)
+                send(row["step"], {k: v for k, v in row.items() if k != "step"})
+        time.sleep(0 if finished else 5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder of a run")
+    parser.add_argument("--to", choices=("tensorboard", "wandb"), default="tensorboard")
+    args = parser.parse_args()
+    problem = None
+    if find_spec(args.to) is None:
+        problem = f"{args.to} is not installed: {sys.executable} -m pip install {args.to}"
+    elif not args.out.is_dir():
+        problem = f"{args.out}: no such folder; train.py makes it, its --out"
+    if problem:
+        print(f"follow.py: {problem}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        follow(args.out, sender(args.to, args.out))
+    except KeyboardInterrupt:
+        print("follow.py: stopped by Ctrl-C", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
