@@ -26,9 +26,9 @@ from datetime import date
 from pathlib import Path
 
 # Read when torch is imported or first allocates. On a CPU large tensors then lie in huge pages, and
-# threads that wait for each other sleep after a moment (with three busy loops beside it on two
-# cores, 12 built-in steps took 27 s and not 42; alone, 60 steps took 11 s either way). On a GPU
-# blocks of memory can grow, so that ever new sizes leave no gaps.
+# threads that wait for each other sleep after a moment (beside three busy loops on two cores, 12
+# built-in steps took 27 s and not 42; alone, 60 took 11 s either way). On a GPU blocks of memory
+# can grow, so that ever new sizes leave no gaps.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -98,7 +98,6 @@ from run.saving import Run, digest, finish, load_checkpoint, save_best, save_che
 #     sum of lm_head's gradient over groups      float32            float32
 #
 # There is no dropout, whatever the checkpoint's config says (TRL switches it off too).
-
 # ---------------------------------------------------------------------------------------------
 # The parts of a step.
 
@@ -498,8 +497,7 @@ def main(argv=None):
 def run_in_order(argv) -> int:
     """The exit status, after one sentence where something is wrong."""
     try:
-        config = parse(argv, __doc__)
-        return run_command(config)
+        return run_command(config := parse(argv, __doc__))
     except KeyboardInterrupt:  # outside of the loop, which stops in order
         print("train.py: stopped by Ctrl-C", file=sys.stderr)
         return 130
