@@ -126,7 +126,7 @@ def row(stage: str, name: str):
     begin = time.perf_counter()
     try:
         yield values
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # train.main ends with the latter
         first = str(error).strip().splitlines() or [""]
         values["error"] = f"{type(error).__name__}: {first[0]}"[:200]
     values["seconds"] = round(time.perf_counter() - begin, 1)
@@ -383,26 +383,35 @@ def measure(stage: str, n_steps: int, device: torch.device):
     counted = json.loads(REFERENCE.read_text())["peaks"] if stage == "wide" else {}
     for variant in STAGES[stage]:
         with row(stage, f"{variant.shape}, {variant.name}") as values:
-            values["tokens"] = variant.tokens
-            torch.cuda.reset_peak_memory_stats()
-            model, optimizer, config, pairs, batches = make(variant, device)
-            seconds = []
-            for i in range(2 + n_steps):
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                torch._dynamo.config.error_on_recompile = i > 1
-                train.training_step(model, optimizer, batches, config)
-                torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - begin)
-            median = statistics.median(seconds[2:])
-            rate, peak = step_flops(model, pairs, config) / median, peak_flops(device, config)
-            values["first step, s"] = round(seconds[0], 1)
-            values |= {"ms a step": round(1000 * median), "pairs/s": len(pairs) / median}
-            values |= {"tokens/s": round(sum(pair.n_tokens for pair in pairs) / median)}
-            values |= {"TFLOP/s": rate / 1e12, "MFU": rate / peak if peak else None}
-            values["GB"] = torch.cuda.max_memory_allocated() / 2**30
+            values |= steps_of(variant, n_steps, device)
             if variant.name in counted:
                 values["GB, counted"] = counted[variant.name]
+
+
+def steps_of(variant: Variant, n_steps: int, device: torch.device) -> dict:
+    """A function of its own, so that nothing of a model outlives its row."""
+    torch.cuda.reset_peak_memory_stats()
+    model, optimizer, config, pairs, batches = make(variant, device)
+    seconds = []
+    for i in range(2 + n_steps):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch._dynamo.config.error_on_recompile = i > 1
+        train.training_step(model, optimizer, batches, config)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds[2:])
+    rate, peak = step_flops(model, pairs, config) / median, peak_flops(device, config)
+    return {
+        "tokens": variant.tokens,
+        "first step, s": round(seconds[0], 1),
+        "ms a step": round(1000 * median),
+        "pairs/s": len(pairs) / median,
+        "tokens/s": round(sum(pair.n_tokens for pair in pairs) / median),
+        "TFLOP/s": rate / 1e12,
+        "MFU": rate / peak if peak else None,
+        "GB": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -485,19 +494,21 @@ def profile(stage: str, device: torch.device):
     """One step after two others: time by kind of kernel, and what the device was idle for."""
     for variant in STAGES[stage]:
         with row(stage, f"{variant.shape}, {variant.name}") as values:
-            model, optimizer, config, _, batches = make(variant, device)
-            for _ in range(2):
-                train.training_step(model, optimizer, batches, config)
-            torch.cuda.synchronize()
-            activities = torch.profiler.ProfilerActivity
-            both = [activities.CPU, activities.CUDA]
-            with torch.profiler.profile(activities=both) as profiled:
-                begin = time.perf_counter()
-                train.training_step(model, optimizer, batches, config)
-                torch.cuda.synchronize()
-                seconds = time.perf_counter() - begin
-            values["a step, s"] = seconds
-            values |= shares(profiled, seconds)
+            values |= profiled_step(variant, device)
+
+
+def profiled_step(variant: Variant, device: torch.device) -> dict:
+    model, optimizer, config, _, batches = make(variant, device)
+    for _ in range(2):
+        train.training_step(model, optimizer, batches, config)
+    torch.cuda.synchronize()
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profiled:
+        begin = time.perf_counter()
+        train.training_step(model, optimizer, batches, config)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    return {"a step, s": seconds} | shares(profiled, seconds)
 
 
 def shares(profiled, seconds: float) -> dict[str, str]:
