@@ -238,7 +238,7 @@ def _token_log_odds(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
     them, or the last of several slices."""
     token_log_odds, logits = [], None
     for h, target in zip(hidden.split(MAX_ROWS), targets.split(MAX_ROWS), strict=True):
-        logits = None  # let go of the last ones before making new
+        logits = None  # let the last ones go before making new ones
         logits = _logits(h, weight)  # (n, V)
         token_log_odds.append(_softmax_of_others(logits, target))
     return torch.cat(token_log_odds), logits
@@ -294,7 +294,7 @@ class _FusedLinearORPO(torch.autograd.Function):
             grad_hidden, grad_lm_head = torch.empty_like(hidden), None
 
         for start, stop in groups:
-            logits, rows = None, slice(start, stop)  # let go of the last ones before making new
+            logits, rows = None, slice(start, stop)  # let the last logits go before making new ones
             h, target, index = hidden[rows], targets[rows], response_index[rows]
 
             # Step 1: the log-probability of each token, and its sum over each response.
