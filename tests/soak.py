@@ -32,6 +32,7 @@ FLAGS += ["--save-every", "7", "--eval-every", "10", "--keep", "3"]
 class Soak:
     def __init__(self, n: int, inputs: Path, out: Path, rng: random.Random):
         self.n, self.out, self.rng = n, out, rng
+        self.who = "1 process" if n == 1 else f"{n} processes"
         self.arguments = [*files(inputs), *FLAGS, "--out", str(out), "--resume"]
         self.in_a_save = self.killed = 0
 
@@ -105,7 +106,7 @@ class Soak:
         saved = sorted(folder.name for folder in self.out.glob("checkpoints/*"))
         rows = steps(rows_of(self.out / "metrics.jsonl"))
         left = f"{len(rows)} rows; {' '.join(saved) or 'no checkpoint'}"
-        print(f"{self.n} processes, {what}: {left}", flush=True)
+        print(f"{self.who}, {what}: {left}", flush=True)
 
 
 def children(pid: int) -> list[int]:
@@ -145,8 +146,8 @@ def main():
             same = {"steps": steps(rows) == steps(wanted)}
             same["evaluations"] = evaluations(rows) == evaluations(wanted)
             same |= {x: file_bytes(out / x) == file_bytes(whole / x) for x in ("model", "best")}
-            print(f"{n} processes, the end: {same}", flush=True)
-            different += [f"{what} of {n} processes" for what, equal in same.items() if not equal]
+            print(f"{soak.who}, the end is the same: {same}", flush=True)
+            different += [f"{what} of {soak.who}" for what, equal in same.items() if not equal]
     n = 3 * len(KILLS)
     print(f"{n} kills, {in_a_save} of them while a checkpoint was written, {3 * len(STOPS)} stops")
     print(f"different: {', '.join(different)}" if different else "all ends are equal, to the bit")
