@@ -120,6 +120,7 @@ def tell_overlap(pairs: list[Pair], eval_pairs: list[Pair]):
 
 # Dense bfloat16 operations a second by the makers' data sheets, in 1e12; the first name that fits.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
+PEAK_TFLOPS |= {"RTX 4090": 165, "RTX 3090": 71}  # by the white papers of their chips
 # What two cores of a server do in a training step, roughly: with 1 and with 135 million parameters.
 CPU_TFLOPS = {"small": 0.05, "large": 0.2}
 
@@ -233,11 +234,11 @@ def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
         batch = f" and a micro-batch of {sum(pair.n_tokens for pair in pairs)} tokens"
         ways = ["a lower --micro-batch-tokens or --max-length"]
         ways += [] if config.activation_checkpointing is True else ["--activation-checkpointing"]
-    ways += ["more GPUs"] if config.shard else ["--shard over more GPUs"]
-    ways += [] if config.shard or config.lora_rank else ["--lora-rank 16"]
+    if not config.lora_rank:  # which does not go together with --shard
+        ways += ["more GPUs"] if config.shard else ["--shard over more GPUs", "--lora-rank 16"]
     return (
         f"out of memory: {fixed} for weights, gradients and Adam's moments{batch} do not fit the "
-        f"{total} of {config.device}; what helps: {', '.join(ways)}"
+        f"{total} of {config.device}; what helps: {', '.join(ways or ['a smaller model'])}"
     )
 
 

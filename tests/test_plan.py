@@ -130,6 +130,12 @@ def test_running_out_of_memory_says_what_was_needed_and_what_helps(pairs, folder
     message = str(error.value)
     assert message.endswith("more GPUs") and "--activation" not in message
     assert "--lora-rank" not in message  # the two do not go together
+    config.shard, config.lora_rank, config.dtype = False, 4, "bfloat16"
+    with pytest.raises(ValueError) as error, out_of_memory_advice(config, pairs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "--shard" not in str(error.value) and ("smaller model" in str(error.value)) != bool(
+        pairs
+    )
 
 
 @pytest.mark.parametrize(
