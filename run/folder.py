@@ -4,7 +4,7 @@ OUT/metrics.jsonl     a row for each step and each evaluation
 OUT/run.json          the settings, as --config takes them
 OUT/checkpoints/      step-N: the whole training state (run/saving.py)
 OUT/model, OUT/best   Hugging Face folders
-OUT/adapters          with --lora-adapters, in peft's form
+OUT/adapters          with --lora-adapters, in peft's form, and the tokenizer
 OUT/finished          the last step, written after everything else
 OUT/.lock             while a process works in it
 """

@@ -220,14 +220,23 @@ TOKENIZER_FILES = (  # what else a model folder needs, handed on as it came
 
 def write_model_files(folder: Path, run: Run):
     """What a model folder holds beside the weights."""
-    source = Path(run.config.model)
     write_config(folder, run.model.config, getattr(torch, run.model.config.dtype))
+    write_serving_files(folder, run)
+    # One of each here: llama.cpp's converter passes over a list, and then takes an id of its own.
+    ids = {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": next(iter(stop_ids(run)), None)}
+    ids = {name: i for name, i in ids.items() if i is not None}
+    write_json(folder / "config.json", optional_json(folder / "config.json") | ids)
+
+
+def write_serving_files(folder: Path, run: Run):
+    """The tokenizer, and the tokens that end an answer, for whoever serves a model or adapters by
+    the folder's own files: a prompt is to get the ids that were trained."""
+    source = Path(run.config.model)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     run.tokenizer.save_class(folder)
-    # Whoever serves the model by its own files is to get the ids that it was trained on: for
-    # messages by the chat template, with BOS in front of it, and for strings by the tokenizer.
+    # Messages get BOS from the chat template, and strings from the tokenizer.
     if run.chat:
         run.tokenizer.save_chat_template(folder)
     if run.plain:
@@ -237,10 +246,6 @@ def write_model_files(folder: Path, run: Run):
         known = known or {"bos_token_id": run.tokenizer.bos_id}
         ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops}
         write_json(folder / "generation_config.json", known | ends)
-    # One of each here: llama.cpp's converter passes over a list, and then takes an id of its own.
-    ids = {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": next(iter(stops), None)}
-    ids = {name: i for name, i in ids.items() if i is not None}
-    write_json(folder / "config.json", optional_json(folder / "config.json") | ids)
 
 
 def stop_ids(run: Run) -> list[int]:
@@ -289,12 +294,13 @@ def save_best(run: Run, row: dict):
 
 
 def save_adapters(run: Run, folder: Path):
-    """The adapters by themselves, as peft reads them."""
+    """The adapters by themselves, as peft reads them, and the tokenizer that they belong to."""
     if rank() == 0:
         adapters = {name: (m.lora_A, m.lora_B) for name, m in lora_layers(run.model).items()}
         numbers = run.config.lora_rank, run.config.lora_alpha
         with replaced(folder) as new:
             write_adapters(new, run.model.config.family, adapters, *numbers, run.config.model)
+            write_serving_files(new, run)
 
 
 def finish(run: Run):

@@ -5,6 +5,15 @@
 
 The ids of the first 60 prompts, strings or messages, and greedy answers of up to 24 tokens, by our
 generate and by llama.cpp's server. test_llama_cpp.py does the same with models made there.
+
+Two kinds of export are converted from a copy, because of what llama.cpp does with their tokenizer:
+
+- Trained on strings, over bytes, where the base's own tokenizer puts no BOS (GPT-2, SmolLM2): the
+  converter recognises such a tokenizer by the ids of a text, without BOS. The copy has the base's
+  tokenizer.json, if it has one, and "add_bos_token": false in tokenizer_config.json. Afterwards
+  `gguf-set-metadata --force model.gguf tokenizer.ggml.add_bos_token 1` switches BOS on.
+- Trained on messages, with sentencepiece (Llama 2, Mistral): llama.cpp puts a space behind every
+  special token. The copy has "add_prefix_space": false in tokenizer_config.json.
 """
 
 import argparse

@@ -9,12 +9,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 import data
-import train
 from model import Transformer, trainable
-from run.lora import add_lora, lora_layers, merge_lora
-from run.saving import Run, save_adapters
+from run.lora import add_lora, lora_layers, merge_lora, write_adapters
 from tests.peers.test_families import FAMILIES, logits_of, same, theirs
-from tests.peers.tiny import random_llama
+from tests.peers.test_served import base_of, gpt2, llama2, qwen, trained
 
 
 @pytest.mark.filterwarnings("error:fan_in_fan_out")  # peft would correct it, and warn
@@ -23,14 +21,14 @@ def test_peft_adds_what_we_merge(name, tmp_path):
     """Every projection of every family, and alpha / rank, here 8 / 3."""
     theirs(name).save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
-    config = train.TrainConfig(model=base, lora_rank=3, lora_alpha=8.0, lora_adapters=True)
     model = Transformer.from_pretrained(base)
     add_lora(model, 3, 8.0)
     torch.manual_seed(1)
     for module in lora_layers(model).values():
         torch.nn.init.normal_(module.lora_B, std=0.2)
-    a_run = Run(config, tmp_path, model, None, None, chat=False, plain=True, n_steps=1, digests={})
-    save_adapters(a_run, tmp_path / "adapters")
+    adapters = {name: (m.lora_A, m.lora_B) for name, m in lora_layers(model).items()}
+    (tmp_path / "adapters").mkdir()
+    write_adapters(tmp_path / "adapters", model.config.family, adapters, 3, 8.0, base)
     merge_lora(model, Transformer.from_pretrained(base)).save_pretrained(tmp_path / "merged")
 
     unchanged = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -55,24 +53,33 @@ def test_peft_adds_what_we_merge(name, tmp_path):
     assert n_theirs - zeros == n_ours
 
 
-def test_a_run_writes_adapters_for_its_base(tmp_path, tiny_tokenizer):
-    base = tmp_path / "base"
-    random_llama(base, vocab_size=400)
-    for file in tiny_tokenizer.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    rows = [{"prompt": f"The farmer {i}", "chosen": " sings.", "rejected": " is."} for i in "ab"]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--model", str(base), "--data", str(tmp_path / "rows.jsonl"), "--device", "cpu"]
-    flags += ["--lora-rank", "4", "--lora-alpha", "2", "--lora-adapters", "--lr", "1e-1"]
-    out = tmp_path / "out"
-    train.main([*flags, "--max-steps", "3", "--warmup-steps", "0", "--out", str(out)])
-    named = json.loads((out / "adapters" / "adapter_config.json").read_text())
-    model = transformers.AutoModelForCausalLM.from_pretrained(named["base_model_name_or_path"])
-    adapted = peft.PeftModel.from_pretrained(model, out / "adapters").eval()
-    merged = transformers.AutoModelForCausalLM.from_pretrained(out / "model").eval()
-    text = data.load_tokenizer(out / "model").encode("The farmer a sings.", bos=True)
+@pytest.mark.parametrize("form", ["strings", "messages"])
+@pytest.mark.parametrize("kind, family", [(gpt2, "gpt2"), (llama2, "llama"), (qwen, "qwen2")])
+def test_a_run_writes_adapters_for_its_base(kind, family, form, tmp_path):
+    """With a tokenizer and a generation_config.json by which they are asked as they were trained;
+    GPT-2's own puts no BOS, and the base names another end."""
+    base = base_of(kind, family, tmp_path / "base")
+    more = ["--lora-rank", "4", "--lora-alpha", "2", "--lora-adapters", "--lr", "1e-1"]
+    out, row = trained(base, form, tmp_path, *more)
+    folder = out.parent / "adapters"
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, folder).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ours, theirs = data.load_tokenizer(out), transformers.AutoTokenizer.from_pretrained(folder)
+    if form == "messages":
+        text = ours.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        more = {"add_generation_prompt": True, "return_dict": False}
+        ids = theirs.apply_chat_template(row["prompt"], **more)
+    else:
+        text, ids = row["prompt"], theirs(row["prompt"])["input_ids"]
+    assert list(ids) == data.encode_prompt(ours, text, chat=form == "messages")
+    tokens = torch.tensor([ids])
     with torch.no_grad():
-        tokens = torch.tensor([text])
         same(adapted(tokens).logits, merged(tokens).logits)
         with adapted.disable_adapter():
             assert (adapted(tokens).logits - merged(tokens).logits).abs().max() > 0.1
+    how = transformers.GenerationConfig.from_pretrained(folder, max_new_tokens=40, do_sample=False)
+    answer = adapted.generate(input_ids=tokens, generation_config=how)[0, len(ids) :].tolist()
+    assert [answer] == Transformer.from_pretrained(out).generate([ids], 40, eos_id=ours.eos_id)
+    assert how.eos_token_id == [ours.eos_id, 7]

@@ -170,7 +170,7 @@ CHAT = (
 )
 
 
-def trained(base, form, folder):
+def trained(base, form, folder, *more):
     """The model of a run on one pair, which it then knows by heart; and the pair."""
     row = {"prompt": ASKED, "chosen": " " + SAID, "rejected": " " + OTHER}
     if form == "messages":
@@ -180,7 +180,7 @@ def trained(base, form, folder):
     flags = ["--max-steps", "60", "--batch-size", "1", "--lr", "5e-3", "--device", "cpu"]
     flags += ["--save-every", "0"]
     files = ["--data", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
-    train.main(["--model", str(base), *files, *flags])
+    train.main(["--model", str(base), *files, *flags, *more])
     return folder / "out" / "model", row
 
 
