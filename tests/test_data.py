@@ -803,7 +803,9 @@ def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, c
     pick_device(config)
     config.max_length = 256  # the model's context
     _, tokenizer, pairs, _ = train.load_inputs(config)
-    told = [line[9:] for line in capsys.readouterr().out.splitlines()][2:]  # after the model's two
+    told = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(told) if line.startswith("train"))  # after the model's
+    told = [line[9:] for line in told[first:]]
     data.main([str(file), *flags])
     shown = capsys.readouterr().out
     assert len(pairs) == 2 and sum(pairs[0].lengths[:2]) == 256
