@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from formats.chat_template import left_out
 from formats.rows import Preference, load_preferences
 from formats.tokenizer import load_tokenizer
 from run.processes import pick_device
-from tests.small import tokens
+from tests.small import some_pairs, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -723,6 +724,25 @@ def test_a_step_weighs_the_same_however_it_is_cut(sft_loss):
     assert steps[0] == steps[1] == steps[2]
 
 
+@pytest.mark.parametrize("limit", [1, 9, 10, 30, 31, 1000])
+@pytest.mark.parametrize("sft_loss", ["response", "full"])
+def test_few_rows_go_through_lm_head_at_a_time(limit, sft_loss, monkeypatch):
+    """As many pairs as have at most so many predictions, or one that has more: what bounds the
+    logits that are kept. No two neighbouring groups would fit into one."""
+    monkeypatch.setattr(data, "GROUP_ROWS", limit)
+    pairs = some_pairs(12, seed=3, longest=9)
+    sizes = [c + r + (p - 1) * (sft_loss == "full") for p, c, r in (x.lengths for x in pairs)]
+    (batch,) = data.micro_batches(pairs, 10**9, sft_loss, multiple=1)
+    ends = [0, *accumulate(sizes)]
+    starts, stops = zip(*batch.groups, strict=True)
+    assert [*starts, stops[-1]] == [0, *stops] and {*stops} <= {*ends} and stops[-1] == ends[-1]
+    n_pairs = [ends.index(stop) - ends.index(start) for start, stop in batch.groups]
+    assert all(n == 1 or stop - start <= limit
+               for n, (start, stop) in zip(n_pairs, batch.groups, strict=True))  # fmt: skip
+    for start, stop in batch.groups[:-1]:
+        assert ends[ends.index(stop) + 1] - start > limit
+
+
 def test_a_prediction_is_one_position_ahead_in_its_own_branch():
     """Of every pair in a micro-batch, by the numbers of its tokens."""
     pairs = pairs_of(*SOME)
@@ -793,8 +813,9 @@ def test_data_py_shows_three_pairs_and_the_counts(tiny_tokenizer, tmp_path):
 LONG = " ".join(["likes"] * 400)  # more than tiny_llama's context, which is 256
 
 
-def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, capsys):
+def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, capsys, monkeypatch):
     """With the model's context, a template of one's own, and all that the plan says of the data."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0, 0, 0))  # a busy machine is told in a line more
     (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     rows = [row([Q], [assistant(answer)], [NO], system="s") for answer in (LONG, "yes", "no")]
     file = write_rows(tmp_path / "rows.jsonl", *rows)

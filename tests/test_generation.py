@@ -8,7 +8,7 @@ import torch
 import data
 from attention import KVCache
 from formats.families import FAMILIES
-from model import Transformer, sample
+from model import LOOK_EVERY, Transformer, sample
 from run.answers import answers
 from tests.runs import FACTS
 from tests.small import V, random_model
@@ -82,7 +82,10 @@ def test_a_cache_grows_sequence_by_sequence():
     assert segments.lengths == ((1, 3), (1, 2))
 
 
-def test_a_sequence_ends_behind_eos_and_leaves_the_batch(monkeypatch):
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_a_sequence_ends_behind_eos_and_leaves_the_batch(every, monkeypatch):
+    """Also where the host looks only now and then whether one has ended, as on a GPU."""
+    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
     model, prompts = random_model(), random_prompts(4, 2, 7)
     free = model.generate(prompts, 20)
     # an id that row 0 meets early, then another row later, and one that never comes
@@ -93,7 +96,8 @@ def test_a_sequence_ends_behind_eos_and_leaves_the_batch(monkeypatch):
     monkeypatch.setattr(model, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
     got = model.generate(prompts, 20, eos_id=eos_id)
     assert got == [row[:stop] for row, stop in zip(free, stops, strict=True)]
-    assert sizes == [sum(stop > t for stop in stops) for t in range(max(stops))]
+    last = [min(20, -(-stop // every) * every) for stop in stops]  # when it is seen
+    assert sizes == [sum(stop > t for stop in last) for t in range(max(last))]
     never = next(x for x in range(V) if not any(x in row for row in free))
     assert model.generate(prompts, 20, eos_id=never) == free
 

@@ -138,18 +138,20 @@ def draw(runs: dict[str, list[dict]], file: Path):
     figure.savefig(file, transparent=True, metadata={"Date": None} if file.suffix == ".svg" else {})
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="+", type=Path, help="folder of a run, at most four")
     parser.add_argument("--save", type=Path, help="SVG or PNG (default: OUT/curves.svg)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if find_spec("matplotlib") is None:
         print("plot.py: matplotlib is not installed: pip install matplotlib", file=sys.stderr)
         sys.exit(2)
     try:
-        names = [out.name for out in args.out[:4]]
+        if len(args.out) > len(RUNS):
+            raise ValueError(f"{len(args.out)} runs are given, and {len(RUNS)} have colours")
+        names = [out.name for out in args.out]
         same = len(set(names)) < len(names)  # a/run and b/run need their whole paths
-        runs = {str(out) if same else out.name: read(out) for out in args.out[:4]}
+        runs = {str(out) if same else out.name: read(out) for out in args.out}
         file = args.save or args.out[0] / "curves.svg"
         if file.suffix not in (".svg", ".png"):
             raise ValueError(f"--save {file}: must end in .svg or .png")
