@@ -2,8 +2,7 @@
 
 import gzip
 import json
-import subprocess
-import sys
+import signal
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +17,7 @@ from formats.chat_template import left_out
 from formats.rows import Preference, load_preferences
 from formats.tokenizer import load_tokenizer
 from run.processes import pick_device
+from tests.forked import Forked, call
 from tests.small import some_pairs, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -794,20 +794,15 @@ def test_colours_tell_context_from_what_is_made_likelier_and_less_likely(shown):
     assert coloured.count("\x1b[0m") == 3
 
 
-def run(*arguments):
-    command = [sys.executable, "data.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_data_py_shows_three_pairs_and_the_counts(tiny_tokenizer, tmp_path):
     rows = [row(f"Question {i}?", f" yes {i}", f" no {i}") for i in range(4)]
     file = write_rows(tmp_path / "rows.jsonl", *rows, row(), row(chosen="b"))
-    done = run(file, "--model", tiny_tokenizer)
-    assert done.returncode == 0 and done.stderr == ""
+    out, error = call("data.py", file, "--model", tiny_tokenizer)
+    assert error == ""
     for name in Pair._fields[:3]:
-        assert done.stdout.count(f"\n{name}: ") + done.stdout.startswith(f"{name}: ") == 3
-    assert "5 pairs of 6; dropped: 1 identical" in done.stdout
-    assert "\x1b" not in done.stdout  # no colours into a file
+        assert out.count(f"\n{name}: ") + out.startswith(f"{name}: ") == 3
+    assert "5 pairs of 6; dropped: 1 identical" in out
+    assert "\x1b" not in out  # no colours into a file
 
 
 LONG = " ".join(["likes"] * 400)  # more than tiny_llama's context, which is 256
@@ -861,23 +856,21 @@ def test_data_py_says_what_is_wrong_and_exits_2(
 
 
 def test_data_py_prints_no_traceback(tiny_tokenizer, tmp_path):
-    done = run(write_rows(tmp_path / "rows.jsonl", "{"), "--model", tiny_tokenizer)
-    assert done.returncode == 2 and done.stdout == ""
-    assert f"{tmp_path / 'rows.jsonl'}:1: " in done.stderr and "Traceback" not in done.stderr
+    rows = write_rows(tmp_path / "rows.jsonl", "{")
+    out, error = call("data.py", rows, "--model", tiny_tokenizer, code=2)
+    assert out == "" and f"{rows}:1: " in error and "Traceback" not in error
 
 
 def test_data_py_ends_quietly_where_its_reader_does(tiny_tokenizer, tmp_path):
     """As `python data.py ... | head -1` does."""
     file = write_rows(tmp_path / "rows.jsonl", *[row("q" * 50_000, "a", "b")] * 3)
-    command = [sys.executable, "data.py", str(file), "--model", str(tiny_tokenizer)]
+    command = ["data.py", file, "--model", tiny_tokenizer]
     command += ["--max-length", "99999", "--max-prompt-length", "99999"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Forked(*command, pipe=True)
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == ""
-    process.wait()
+    assert process.communicate() == ("", "")
+    assert process.poll() == -signal.SIGPIPE  # so it ended early, as other viewers do
 
 
 def test_data_py_helps(capsys):

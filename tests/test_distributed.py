@@ -3,8 +3,6 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,8 +12,8 @@ import data
 import train
 from formats.families import FAMILIES
 from model import ModelConfig, Transformer
+from tests.forked import Forked, call
 from tests.runs import (
-    ROOT,
     UNEVEN,
     compare,
     compare_models,
@@ -141,9 +139,8 @@ def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
     """All three are of step 8. The checkpoint of two processes is read by one."""
     out = two_processes[0] / "-".join(("full", *more))
     step, made = out / "checkpoints" / "step-00000008", tmp_path / "made"
-    command = [sys.executable, "-m", "tools.export", str(step), "--out", str(made)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (ran.stdout, ran.stderr) == (f"wrote {made}, a Hugging Face folder\n", "")
+    printed = call("-m", "tools.export", step, "--out", made)
+    assert printed == (f"wrote {made}, a Hugging Face folder\n", "")
     assert len([*out.glob("checkpoints/*/*.distcp")]) == 2
     model, best = file_bytes(out / "model"), file_bytes(out / "best")
     assert json.loads(best.pop("evaluation.json"))["step"] == 8
@@ -253,12 +250,12 @@ def test_a_process_that_loses_another_says_so_in_a_sentence(folder, tmp_path, mo
     for number in ("0", "1"):
         monkeypatch.setenv("RANK", number)
         monkeypatch.setenv("LOCAL_RANK", number)
-        processes.append(start(1, arguments))
+        processes.append(Forked("train.py", *arguments))
     while not rows_of(tmp_path / "out" / "metrics.jsonl") and processes[0].poll() is None:
         time.sleep(0.02)
     processes[1].kill()
     _, errors = processes[0].communicate(timeout=100)
     processes[1].communicate()
-    assert processes[0].returncode == 1
+    assert processes[0].poll() == 1
     (line,) = [line for line in errors.splitlines() if "step/s" not in line]
     assert line.startswith("train.py, process 0: another process of this job has failed or was")

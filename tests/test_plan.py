@@ -1,7 +1,6 @@
 """The plan: steps, memory, disk, and the trial of the largest micro-batch."""
 
 import resource
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from run.plan import (
     tell_overlap,
     time_line,
 )
-from tests.runs import ROOT
+from tests.forked import call
 from tests.small import random_pairs, some_pairs, tiny
 
 
@@ -284,9 +283,6 @@ print(before, unplanned, short, again, held())
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_given_back_where_more_is_held_than_planned_or_left():
     """Gaps of some 8 MB between buffers that stay. SmolLM2 grew by them until it was killed."""
-    done = subprocess.run(
-        [sys.executable, "-c", HOLDING], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    before, unplanned, short, again, after = map(int, done.stdout.split())
+    before, unplanned, short, again, after = map(int, call("-c", HOLDING)[0].split())
     assert abs(unplanned - before) < 20
     assert before - short > 150 and again - after > 100
