@@ -1,9 +1,11 @@
 """Several processes, over gloo on the CPU, take the very steps that one takes."""
 
 import json
+import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +95,34 @@ def one_process(folder, tmp_path_factory):
     return rows
 
 
+# What the tied Llama of `folder` has not: untied, fewer key/value heads, a window in one layer,
+# biases of q, k and v; and LayerNorm, biases everywhere, one of lm_head too.
+OTHER_MODELS = {
+    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5}
+    | {"max_window_layers": 1},
+    "phi": {"num_key_value_heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def other_models(folder, tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for name, keys in OTHER_MODELS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        for file in (folder / "model").glob("tokenizer*"):
+            shutil.copy(file, made[name])
+        sizes = {"vocab_size": 1536, "hidden_size": 32, "intermediate_size": 48}
+        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+        config = json.dumps(sizes | keys | {"model_type": name})
+        (made[name] / "config.json").write_text(config)
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig.from_json(made[name] / "config.json"))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1) if p.dim() == 1 else None  # biases are not zero
+        model.save_pretrained(made[name])
+    return made
+
+
 # Runs of train.py one after the other in the same processes, as starting them takes longest.
 SEVERAL = """
 import json, os, sys, train
@@ -106,7 +136,7 @@ os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def two_processes(folder, tmp_path_factory):
+def two_processes(folder, other_models, tmp_path_factory):
     """rows(*flags), printed, errors, of runs on two processes that were started at once."""
     out, script = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("script") / "several.py"
     script.write_text(SEVERAL)
@@ -115,6 +145,10 @@ def two_processes(folder, tmp_path_factory):
         [*files(folder), *SAVED, "--out", str(out / "-".join(flags)), "--sft-loss", *flags]
         for flags in runs
     ]
+    for name, model in other_models.items():
+        flags = [*files(folder), *SAVED, "--model", str(model)]
+        commands.append([*flags, "--out", str(out / name)])
+        commands.append([*flags, *SHARD, "--out", str(out / f"{name}-shard")])
     commands.append([*files(folder), *SHARD, "--lam", "1e37", "--out", str(out / "not-finite")])
     process = start(2, [json.dumps(command) for command in commands], script)
     printed, errors = process.communicate(timeout=300)
@@ -128,6 +162,17 @@ def test_two_processes_equal_one(one_process, two_processes, sft_loss, more):
     """40 pairs by 7: the sixth step has 5. A learning rate at which roundings do not grow."""
     one, out_one = one_process(*SAVED, "--sft-loss", sft_loss)
     out_two = two_processes[0] / "-".join((sft_loss, *more))
+    compare(one, rows_of(out_two / "metrics.jsonl"), rel=2e-5)
+    compare_models(out_one, out_two, 1e-5)
+
+
+@pytest.mark.parametrize("sharded", ["", "-shard"])
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_two_processes_equal_one_with_other_models(
+    one_process, two_processes, other_models, name, sharded
+):
+    one, out_one = one_process(*SAVED, "--model", str(other_models[name]))
+    out_two = two_processes[0] / f"{name}{sharded}"
     compare(one, rows_of(out_two / "metrics.jsonl"), rel=2e-5)
     compare_models(out_one, out_two, 1e-5)
 
@@ -148,8 +193,9 @@ def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
 
 
 def test_process_0_alone_speaks_and_tells_the_balance(two_processes):
-    assert two_processes[1].count("parameters, stored as") == 5
-    assert two_processes[1].count("over 2 processes, the busiest with 1.") == 5
+    n_runs = 5 + 2 * len(OTHER_MODELS)
+    assert two_processes[1].count("parameters, stored as") == n_runs
+    assert two_processes[1].count("over 2 processes, the busiest with 1.") == n_runs
 
 
 LOAD_AND_SAVE = """
