@@ -12,7 +12,15 @@ import torch
 
 import data
 import train
-from data import Pair, encode_pair, encode_pairs, epoch_permutation, micro_batches, split_by_tokens
+from data import (
+    Dropped,
+    Pair,
+    encode_pair,
+    encode_pairs,
+    epoch_permutation,
+    micro_batches,
+    split_by_tokens,
+)
 from formats.chat_template import left_out
 from formats.rows import Preference, load_preferences
 from formats.tokenizer import load_tokenizer
@@ -397,6 +405,17 @@ def test_drops_are_counted_by_reason():
     (pair,), dropped = encode_pairs(Letters(), rows, 99, 8)
     assert pair.where == rows[0].where and tokens(pair) == [[1, 113], [97, 2], [98, 2]]
     assert sum(dropped.values()) == 4 and sorted(dropped.values()) == [1, 1, 2]
+
+
+def test_ten_reasons_are_named_and_the_others_counted():
+    dropped = Dropped()
+    for i in range(12):
+        for line in range(12 - i):
+            dropped.add(f"reason {i:02d}", None, row_of("q", "a", "b")._replace(where=f"F:{line}"))
+    text = str(dropped)
+    assert text.startswith("12 reason 00 (first: F:0), 11 reason 01 (first: F:0), ")
+    assert text.endswith("3 reason 09 (first: F:0), 3 for other reasons")
+    assert str(Dropped()) == "none"
 
 
 def test_when_no_pair_is_left_the_reasons_are_said():

@@ -81,6 +81,19 @@ def test_a_cache_grows_sequence_by_sequence():
     assert segments.lengths == ((1, 3), (1, 2))
 
 
+def test_a_cache_has_room_for_what_may_come_and_no_more(monkeypatch):
+    sizes = []
+
+    class Noted(KVCache):
+        def __init__(self, config, rows, device, dtype):
+            sizes.append(list(rows))
+            super().__init__(config, rows, device, dtype)
+
+    monkeypatch.setattr("model.KVCache", Noted)
+    random_model().generate(random_prompts(4, 60, 64), 10)  # of a context of 64
+    assert sizes == [[14, 64, 64]]
+
+
 @pytest.mark.parametrize("every", [1, 3, 8])
 def test_a_sequence_ends_behind_eos_and_leaves_the_batch(every, monkeypatch):
     """Also where the host looks only now and then whether one has ended, as on a GPU."""

@@ -239,6 +239,23 @@ def test_a_checkpoint_holds_adapters_alone_and_a_number_to_know_the_base_again()
     assert sum(x.numel() for x in state.values()) == n_trained + 1
 
 
+def test_adapters_then_an_export_then_the_whole_model(arguments, tmp_path):
+    """Each run begins where the one before ended, and writes no adapters where it has none."""
+    arguments += ["--max-steps", "2", "--save-every", "1", "--keep", "1"]
+    first = run(arguments, *LORA)
+    export(tmp_path / "out" / "checkpoints" / "step-00000002", tmp_path / "made")
+    second = run(arguments, "--model", str(tmp_path / "made"), "--out", str(tmp_path / "second"))
+    model = str(tmp_path / "second" / "model")
+    third = run(arguments, *LORA, "--lora-adapters", "--model", model, "--overwrite")
+    for before, after in ((first, second), (second, third)):
+        assert after[0]["step"] == 0 and before[-1]["step"] == 2
+        assert after[0]["eval_loss"] == pytest.approx(before[-1]["eval_loss"], rel=1e-5)
+        assert after[0]["eval_loss"] != after[-1]["eval_loss"]
+    assert not (tmp_path / "second" / "adapters").exists()
+    named = json.loads((tmp_path / "out" / "adapters" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == model
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_run_exports_is_what_it_evaluated(arguments, tmp_path, dtype, capsys):
     """bfloat16 rounds the sum of weight and change once more: 8 bits."""

@@ -76,6 +76,18 @@ def test_the_plan_tells_the_trained_parameters_from_the_models(capsys):
     assert f"{n_parameters:,} parameters" in printed and f"{n_trained:,} trained" in printed
 
 
+@pytest.mark.parametrize(
+    ("device", "load", "said"), [("cpu", 10.4, True), ("cpu", 9, False), ("cuda", 99, False)]
+)
+def test_a_busy_machine_is_told(device, load, said, capsys, monkeypatch):
+    """Where more is running than eight cores and this run account for."""
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    tell_model(tiny(), train.TrainConfig(model="m", device=device, dtype="float32"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "busy" in line]
+    assert len(told) == said and all("(load 10 on 8 cores)" in line for line in told)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys):
     """No update counted, no moment, no gradient, no changed weight; and the rate is set back."""
