@@ -29,6 +29,8 @@ from tests.runs import (
 )
 from tests.small import some_pairs
 
+pytestmark = pytest.mark.xdist_group("distributed")  # the runs below are made in one worker
+
 
 def shares_of_steps():
     """Steps of 1 to 64 pairs, and their shares for 1 to 8 processes."""
@@ -126,6 +128,8 @@ def other_models(folder, tmp_path_factory) -> dict[str, Path]:
 # Runs of train.py one after the other in the same processes, as starting them takes longest.
 SEVERAL = """
 import json, os, sys, train
+from run.answers import answers
+train.answers = lambda model, tokenizer, prompts, n: answers(model, tokenizer, prompts, 8)
 for arguments in map(json.loads, sys.argv[1:]):
     try:
         train.run_command(train.parse(arguments))
