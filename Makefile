@@ -11,10 +11,10 @@ train: .venv/run ## align the built-in base model with ORPO (ARGS="--seed 43" fo
 	$(BIN)/python train.py $(ARGS)
 
 test: .venv/dev  ## the tests, a few minutes on two cores
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup -m "not slow"
 
 test-slow: .venv/dev ## the heavy cases
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m slow
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup -m slow
 
 test-peers: .venv-peers/peers ## our numbers beside TRL's and transformers'
 	$(PEERS)/python -m pytest -q tests/peers

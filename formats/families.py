@@ -101,7 +101,7 @@ FAMILIES = {
             "lm_head_bias": True, "parallel": True, "rotary_fraction": 0.5,
             "activation": "gelu_new",
         },
-        supported={"qk_layernorm": (False,)} | ROPE,
+        supported={"qk_layernorm": (False,), "tie_word_embeddings": (False,)} | ROPE,
         modules={
             "self_attn.o_proj": "self_attn.dense", "mlp.up_proj": "mlp.fc1",
             "mlp.down_proj": "mlp.fc2", "norm": "final_layernorm",

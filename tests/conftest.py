@@ -14,8 +14,10 @@ import pytest
 import sentencepiece
 import torch
 
+import train
 from formats.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer
+from run.answers import answers
 
 pytest.register_assert_rewrite("tests.runs")
 
@@ -106,6 +108,17 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_inputs(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """The answers that a run shows before and after training have 64 tokens, which took a third of
+    the time of most runs here. Eight will do; the run of `whole` shows them all."""
+
+    def short(model, tokenizer, prompts, max_new):
+        return answers(model, tokenizer, prompts, min(max_new, 8))
+
+    monkeypatch.setattr(train, "answers", short)
 
 
 @pytest.fixture

@@ -89,6 +89,23 @@ def test_cached_generation_equals_recomputing(dtype):
 
 
 @needs_cuda
+def test_an_answer_ends_behind_eos_as_on_the_cpu():
+    """Although the host looks only after every eighth token: nothing behind EOS is returned."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(20, 64, 2, 4, 96, max_seq_len=64))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.dim() == 2 else 1)  # no two logits are nearly equal
+    prompts = [torch.randint(0, 20, (n,)).tolist() for n in (7, 1, 16, 3)]
+    lengths = set()
+    for eos_id in range(20):
+        wanted = model.to("cpu").generate(prompts, 30, eos_id=eos_id)
+        assert model.to("cuda").generate(prompts, 30, eos_id=eos_id) == wanted
+        lengths |= {len(row) for row in wanted}
+    assert any(n % 8 for n in lengths - {30}), "no answer ends between two looks"
+
+
+@needs_cuda
 def test_packed_equals_separate_with_varlen_attn():
     torch.manual_seed(0)
     config = ModelConfig(100, 128, 2, 4, 96, n_kv_heads=2, head_dim=32)

@@ -2,9 +2,9 @@
 
 import gzip
 import json
-import subprocess
-import sys
+import signal
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,21 @@ import torch
 
 import data
 import train
-from data import Pair, encode_pair, encode_pairs, epoch_permutation, micro_batches, split_by_tokens
+from data import (
+    Dropped,
+    Pair,
+    encode_pair,
+    encode_pairs,
+    epoch_permutation,
+    micro_batches,
+    split_by_tokens,
+)
 from formats.chat_template import left_out
 from formats.rows import Preference, load_preferences
 from formats.tokenizer import load_tokenizer
 from run.processes import pick_device
-from tests.small import tokens
+from tests.forked import Forked, call
+from tests.small import some_pairs, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -398,6 +407,17 @@ def test_drops_are_counted_by_reason():
     assert sum(dropped.values()) == 4 and sorted(dropped.values()) == [1, 1, 2]
 
 
+def test_ten_reasons_are_named_and_the_others_counted():
+    dropped = Dropped()
+    for i in range(12):
+        for line in range(12 - i):
+            dropped.add(f"reason {i:02d}", None, row_of("q", "a", "b")._replace(where=f"F:{line}"))
+    text = str(dropped)
+    assert text.startswith("12 reason 00 (first: F:0), 11 reason 01 (first: F:0), ")
+    assert text.endswith("3 reason 09 (first: F:0), 3 for other reasons")
+    assert str(Dropped()) == "none"
+
+
 def test_when_no_pair_is_left_the_reasons_are_said():
     with pytest.raises(ValueError, match="no pairs left") as error:
         encode_pairs(Letters(), [row_of(*texts) for texts in DROPPED], 99, 8)
@@ -723,6 +743,25 @@ def test_a_step_weighs_the_same_however_it_is_cut(sft_loss):
     assert steps[0] == steps[1] == steps[2]
 
 
+@pytest.mark.parametrize("limit", [1, 9, 10, 30, 31, 1000])
+@pytest.mark.parametrize("sft_loss", ["response", "full"])
+def test_few_rows_go_through_lm_head_at_a_time(limit, sft_loss, monkeypatch):
+    """As many pairs as have at most so many predictions, or one that has more: what bounds the
+    logits that are kept. No two neighbouring groups would fit into one."""
+    monkeypatch.setattr(data, "GROUP_ROWS", limit)
+    pairs = some_pairs(12, seed=3, longest=9)
+    sizes = [c + r + (p - 1) * (sft_loss == "full") for p, c, r in (x.lengths for x in pairs)]
+    (batch,) = data.micro_batches(pairs, 10**9, sft_loss, multiple=1)
+    ends = [0, *accumulate(sizes)]
+    starts, stops = zip(*batch.groups, strict=True)
+    assert [*starts, stops[-1]] == [0, *stops] and {*stops} <= {*ends} and stops[-1] == ends[-1]
+    n_pairs = [ends.index(stop) - ends.index(start) for start, stop in batch.groups]
+    assert all(n == 1 or stop - start <= limit
+               for n, (start, stop) in zip(n_pairs, batch.groups, strict=True))  # fmt: skip
+    for start, stop in batch.groups[:-1]:
+        assert ends[ends.index(stop) + 1] - start > limit
+
+
 def test_a_prediction_is_one_position_ahead_in_its_own_branch():
     """Of every pair in a micro-batch, by the numbers of its tokens."""
     pairs = pairs_of(*SOME)
@@ -774,27 +813,23 @@ def test_colours_tell_context_from_what_is_made_likelier_and_less_likely(shown):
     assert coloured.count("\x1b[0m") == 3
 
 
-def run(*arguments):
-    command = [sys.executable, "data.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_data_py_shows_three_pairs_and_the_counts(tiny_tokenizer, tmp_path):
     rows = [row(f"Question {i}?", f" yes {i}", f" no {i}") for i in range(4)]
     file = write_rows(tmp_path / "rows.jsonl", *rows, row(), row(chosen="b"))
-    done = run(file, "--model", tiny_tokenizer)
-    assert done.returncode == 0 and done.stderr == ""
+    out, error = call("data.py", file, "--model", tiny_tokenizer)
+    assert error == ""
     for name in Pair._fields[:3]:
-        assert done.stdout.count(f"\n{name}: ") + done.stdout.startswith(f"{name}: ") == 3
-    assert "5 pairs of 6; dropped: 1 identical" in done.stdout
-    assert "\x1b" not in done.stdout  # no colours into a file
+        assert out.count(f"\n{name}: ") + out.startswith(f"{name}: ") == 3
+    assert "5 pairs of 6; dropped: 1 identical" in out
+    assert "\x1b" not in out  # no colours into a file
 
 
 LONG = " ".join(["likes"] * 400)  # more than tiny_llama's context, which is 256
 
 
-def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, capsys):
+def test_data_py_shows_the_pairs_that_train_py_trains_on(tiny_llama, tmp_path, capsys, monkeypatch):
     """With the model's context, a template of one's own, and all that the plan says of the data."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0, 0, 0))  # a busy machine is told in a line more
     (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     rows = [row([Q], [assistant(answer)], [NO], system="s") for answer in (LONG, "yes", "no")]
     file = write_rows(tmp_path / "rows.jsonl", *rows)
@@ -842,23 +877,21 @@ def test_data_py_says_what_is_wrong_and_exits_2(
 
 
 def test_data_py_prints_no_traceback(tiny_tokenizer, tmp_path):
-    done = run(write_rows(tmp_path / "rows.jsonl", "{"), "--model", tiny_tokenizer)
-    assert done.returncode == 2 and done.stdout == ""
-    assert f"{tmp_path / 'rows.jsonl'}:1: " in done.stderr and "Traceback" not in done.stderr
+    rows = write_rows(tmp_path / "rows.jsonl", "{")
+    out, error = call("data.py", rows, "--model", tiny_tokenizer, code=2)
+    assert out == "" and f"{rows}:1: " in error and "Traceback" not in error
 
 
 def test_data_py_ends_quietly_where_its_reader_does(tiny_tokenizer, tmp_path):
     """As `python data.py ... | head -1` does."""
     file = write_rows(tmp_path / "rows.jsonl", *[row("q" * 50_000, "a", "b")] * 3)
-    command = [sys.executable, "data.py", str(file), "--model", str(tiny_tokenizer)]
+    command = ["data.py", file, "--model", tiny_tokenizer]
     command += ["--max-length", "99999", "--max-prompt-length", "99999"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Forked(*command, pipe=True)
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == ""
-    process.wait()
+    assert process.communicate() == ("", "")
+    assert process.poll() == -signal.SIGPIPE  # so it ended early, as other viewers do
 
 
 def test_data_py_helps(capsys):

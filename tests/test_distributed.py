@@ -2,11 +2,11 @@
 
 import json
 import random
+import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ import train
 from formats.families import FAMILIES
 from model import ModelConfig, Transformer
 from run.answers import answers
+from tests.forked import Forked, call
 from tests.runs import (
     FACTS,
-    ROOT,
     UNEVEN,
     compare,
     compare_models,
@@ -31,6 +31,8 @@ from tests.runs import (
     start,
 )
 from tests.small import some_pairs
+
+pytestmark = pytest.mark.xdist_group("distributed")  # the runs below are made in one worker
 
 
 def shares_of_steps():
@@ -98,9 +100,39 @@ def one_process(folder, tmp_path_factory):
     return rows
 
 
+# What the tied Llama of `folder` has not: untied, fewer key/value heads, a window in one layer,
+# biases of q, k and v; and LayerNorm, biases everywhere, one of lm_head too.
+OTHER_MODELS = {
+    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5}
+    | {"max_window_layers": 1},
+    "phi": {"num_key_value_heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def other_models(folder, tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for name, keys in OTHER_MODELS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        for file in (folder / "model").glob("tokenizer*"):
+            shutil.copy(file, made[name])
+        sizes = {"vocab_size": 1536, "hidden_size": 32, "intermediate_size": 48}
+        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+        config = json.dumps(sizes | keys | {"model_type": name})
+        (made[name] / "config.json").write_text(config)
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig.from_json(made[name] / "config.json"))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1) if p.dim() == 1 else None  # biases are not zero
+        model.save_pretrained(made[name])
+    return made
+
+
 # Runs of train.py one after the other in the same processes, as starting them takes longest.
 SEVERAL = """
 import json, os, sys, train
+from run.answers import answers
+train.answers = lambda model, tokenizer, prompts, n: answers(model, tokenizer, prompts, 8)
 for arguments in map(json.loads, sys.argv[1:]):
     try:
         train.run_command(train.parse(arguments))
@@ -111,7 +143,7 @@ os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def two_processes(folder, tmp_path_factory):
+def two_processes(folder, other_models, tmp_path_factory):
     """rows(*flags), printed, errors, of runs on two processes that were started at once."""
     out, script = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("script") / "several.py"
     script.write_text(SEVERAL)
@@ -120,6 +152,10 @@ def two_processes(folder, tmp_path_factory):
         [*files(folder), *SAVED, "--out", str(out / "-".join(flags)), "--sft-loss", *flags]
         for flags in runs
     ]
+    for name, model in other_models.items():
+        flags = [*files(folder), *SAVED, "--model", str(model)]
+        commands.append([*flags, "--out", str(out / name)])
+        commands.append([*flags, *SHARD, "--out", str(out / f"{name}-shard")])
     commands.append([*files(folder), *SHARD, "--lam", "1e37", "--out", str(out / "not-finite")])
     process = start(2, [json.dumps(command) for command in commands], script)
     printed, errors = process.communicate(timeout=300)
@@ -137,6 +173,17 @@ def test_two_processes_equal_one(one_process, two_processes, sft_loss, more):
     compare_models(out_one, out_two, 1e-5)
 
 
+@pytest.mark.parametrize("sharded", ["", "-shard"])
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_two_processes_equal_one_with_other_models(
+    one_process, two_processes, other_models, name, sharded
+):
+    one, out_one = one_process(*SAVED, "--model", str(other_models[name]))
+    out_two = two_processes[0] / f"{name}{sharded}"
+    compare(one, rows_of(out_two / "metrics.jsonl"), rel=2e-5)
+    compare_models(out_one, out_two, 1e-5)
+
+
 @pytest.mark.parametrize("more", [(), SHARD])
 def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
     two_processes, tmp_path, more
@@ -144,9 +191,8 @@ def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
     """All three are of step 8. The checkpoint of two processes is read by one."""
     out = two_processes[0] / "-".join(("full", *more))
     step, made = out / "checkpoints" / "step-00000008", tmp_path / "made"
-    command = [sys.executable, "-m", "tools.export", str(step), "--out", str(made)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (ran.stdout, ran.stderr) == (f"wrote {made}, a Hugging Face folder\n", "")
+    printed = call("-m", "tools.export", step, "--out", made)
+    assert printed == (f"wrote {made}, a Hugging Face folder\n", "")
     assert len([*out.glob("checkpoints/*/*.distcp")]) == 2
     model, best = file_bytes(out / "model"), file_bytes(out / "best")
     assert json.loads(best.pop("evaluation.json"))["step"] == 8
@@ -154,8 +200,9 @@ def test_the_best_model_and_a_checkpoint_are_gathered_like_the_last_model(
 
 
 def test_process_0_alone_speaks_and_tells_the_balance(two_processes):
-    assert two_processes[1].count("parameters, stored as") == 5
-    assert two_processes[1].count("over 2 processes, the busiest with 1.") == 5
+    n_runs = 5 + 2 * len(OTHER_MODELS)
+    assert two_processes[1].count("parameters, stored as") == n_runs
+    assert two_processes[1].count("over 2 processes, the busiest with 1.") == n_runs
 
 
 ANSWER = """
@@ -304,13 +351,13 @@ def test_a_process_that_loses_another_says_so_in_a_sentence(folder, tmp_path, mo
     for number in ("0", "1"):
         monkeypatch.setenv("RANK", number)
         monkeypatch.setenv("LOCAL_RANK", number)
-        processes.append(start(1, arguments))
+        processes.append(Forked("train.py", *arguments))
     while not rows_of(tmp_path / "out" / "metrics.jsonl") and processes[0].poll() is None:
         time.sleep(0.02)
     processes[1].kill()
     _, errors = processes[0].communicate(timeout=100)
     processes[1].communicate()
-    assert processes[0].returncode == 1
+    assert processes[0].poll() == 1
     (line,) = [line for line in errors.splitlines() if "step/s" not in line]
     assert line.startswith("train.py, process 0: another process of this job has failed or was")
     assert line.endswith("; start again, as there is no checkpoint")

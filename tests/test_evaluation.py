@@ -20,6 +20,18 @@ def test_evaluation_comes_before_the_first_update_and_after_the_last(whole):
     assert {"eval_accepted/sampled", "eval_accepted/greedy"} < set(before) == set(after)
 
 
+def test_an_evaluation_is_told_at_once_and_beside_the_first_at_the_end(whole):
+    lines = whole.printed.splitlines()
+    rows = {row["step"]: row for row in evaluations(whole.rows)}
+    for step, row in rows.items():
+        accuracy, logps = row["eval_rewards/accuracies"], row["eval_logps/chosen"]
+        text = f"step {step}: held out loss {row['eval_loss']:.3f}, accuracy {accuracy:.3f}, "
+        text += f"logps {logps:.2f} / {row['eval_logps/rejected']:.2f}"
+        assert text in lines
+    for name in rows[0].keys() - {"step"}:
+        assert f"{name:<28}{rows[0][name]:>10.4f}{rows[12][name]:>10.4f}" in lines
+
+
 def test_evaluation_keeps_nothing_for_a_backward_pass(folder, monkeypatch):
     outputs, forward = [], train.forward
 

@@ -6,42 +6,40 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 import data
-from tools import follow, plot, prepare
-from tools.sample import stream
+from tools import follow, plot, prepare, sample
 
 ROOT = Path(data.__file__).resolve().parent
 BASE = ROOT / "examples" / "facts" / "base"
 PERU = "Question: What is the capital of Peru?\nAnswer:"
 
 
-def run(script: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", f"tools.{script.removesuffix('.py')}", *map(str, arguments)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, input="\n")
-    assert done.returncode == code, done.stderr
-    return done
+def run(tool, *arguments, code: int = 0) -> tuple[str, str]:
+    """What a tool prints and complains of, in this process. Nobody types anything."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as error,
+        mock.patch("sys.stdin", io.StringIO("\n")),
+        pytest.raises(SystemExit) if code else contextlib.nullcontext() as stopped,
+    ):
+        tool.main(list(map(str, arguments)))
+    assert code == (stopped.value.code if code else 0)
+    return out.getvalue(), error.getvalue()
 
 
 def prepared(*arguments, code: int = 0) -> str:
     """What prepare.py prints, or complains of."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        contextlib.redirect_stderr(io.StringIO()) as error,
-        pytest.raises(SystemExit) if code else contextlib.nullcontext() as stopped,
-    ):
-        prepare.main(list(map(str, arguments)))
-    assert code == (stopped.value.code if code else 0)
-    return error.getvalue() if code else out.getvalue()
+    return run(prepare, *arguments, code=code)[bool(code)]
 
 
 HH = {
@@ -63,7 +61,7 @@ def test_prepare_turns_hh_rlhf_into_dialogues_and_counts_what_it_drops(tmp_path,
     text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
     file, out = tmp_path / f"rows.{kind}", tmp_path / "out.jsonl"
     file.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
-    printed = run("prepare.py", file, "--out", out).stdout
+    printed = prepared(file, "--out", out)
     assert "2 pairs of 6 rows" in printed
     for line, reason in (
         (2, "dialogues end with a question"),
@@ -273,8 +271,8 @@ def test_prepare_names_the_file_that_it_cannot_write_and_leaves_none(tmp_path):
     assert {x.name for x in tmp_path.iterdir()} == {"rows.jsonl", "folder"}
 
 
-def test_sample_streams_one_answer(tmp_path):
-    said = run("sample.py", BASE, PERU, "--max-new-tokens", "20").stdout
+def test_sample_streams_one_answer():
+    said, _ = run(sample, BASE, PERU, "--max-new-tokens", "20")
     assert said.strip()
 
 
@@ -285,8 +283,8 @@ def test_sample_writes_alpacaeval_and_mt_bench_files(tmp_path):
     )
     (tmp_path / "mt.jsonl").write_text(json.dumps({"question_id": 81, "turns": [PERU, "And?"]}))
     options = ("--max-new-tokens", "20", "--name", "tiny", "--out")
-    run("sample.py", BASE, "--file", tmp_path / "alpaca.json", *options, tmp_path / "a.json")
-    run("sample.py", BASE, "--file", tmp_path / "mt.jsonl", *options, tmp_path / "m.jsonl")
+    run(sample, BASE, "--file", tmp_path / "alpaca.json", *options, tmp_path / "a.json")
+    run(sample, BASE, "--file", tmp_path / "mt.jsonl", *options, tmp_path / "m.jsonl")
     alpaca = json.loads((tmp_path / "a.json").read_text())
     assert [set(row) for row in alpaca] == [{"instruction", "output", "generator"}] * 2
     assert alpaca[0]["instruction"] == PERU and alpaca[0]["generator"] == "tiny"
@@ -294,6 +292,129 @@ def test_sample_writes_alpacaeval_and_mt_bench_files(tmp_path):
     assert (judged["question_id"], judged["model_id"]) == (81, "tiny")
     turns = judged["choices"][0]["turns"]
     assert len(turns) == 2 and turns[0] == alpaca[0]["output"]
+
+
+class Words:
+    """A tokenizer of words, whose template puts brackets around what the user says."""
+
+    def __init__(self):
+        self.words = ["<s>", "</s>"]
+        self.bos_id, self.eos_id, self.special_tokens = 0, 1, {"bos_token": "<s>"}
+
+    def encode(self, text, continuation=False):
+        self.words += [w for w in text.split() if w not in self.words]
+        return [self.words.index(w) for w in text.split()]
+
+    def decode(self, ids):
+        return "".join(f" {self.words[i]}" for i in ids)
+
+    def turn_end(self):
+        return "</s>"
+
+    def apply_chat_template(self, messages, add_generation_prompt=False):
+        said = [f"[ {m['content']} ]" if m["role"] == "user" else m["content"] for m in messages]
+        return " ".join(["<s>", *said])
+
+
+class Parrot:
+    """A model that answers every prompt with its number, and keeps the prompts."""
+
+    def __init__(self, tokenizer, context=99):
+        self.tokenizer, self.asked = tokenizer, []
+        self.config = SimpleNamespace(max_seq_len=context, vocab_size=100)
+
+    def stream(self, prompts, max_new, **sampling):
+        self.asked += [self.tokenizer.decode(ids).strip() for ids in prompts]
+        answer = self.tokenizer.encode(f"answer-{len(self.asked)} </s>")
+        yield from map(torch.tensor, answer[:max_new])
+
+
+@pytest.mark.parametrize(
+    ("plain", "wanted"),
+    [
+        (False, ["<s> [ a b ]", "<s> [ a b ] answer-1 [ c ]"]),
+        (True, ["<s> a b", "<s> c"]),
+    ],
+)
+def test_a_dialogue_remembers_what_was_said_but_not_in_plain_text(
+    plain, wanted, monkeypatch, capsys
+):
+    typed = iter(["a b", "c", "", "never read"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    model = Parrot(Words())
+    sample.talk(model, model.tokenizer, None, plain, max_new=9)
+    assert model.asked == wanted and next(typed) == "never read"
+    assert capsys.readouterr().out.split() == ["answer-1", "answer-2"]
+
+
+def test_a_dialogue_ends_where_it_fills_the_context(monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda _: "a b")
+    model = Parrot(Words(), context=9)  # the first question has 5 tokens, the second dialogue 10
+    with pytest.raises(SystemExit) as stopped:
+        sample.talk(model, model.tokenizer, None, False, max_new=9)
+    assert stopped.value.code == 2 and len(model.asked) == 1
+    assert "the dialogue has 10 tokens and fills" in capsys.readouterr().err
+
+
+def test_a_question_of_the_command_line_gets_one_answer():
+    model = Parrot(Words())
+    sample.talk(model, model.tokenizer, "a", False, max_new=9)
+    assert model.asked == ["<s> [ a ]"]
+
+
+def test_a_file_of_questions_may_have_rows_of_several_kinds(monkeypatch):
+    """instruction before prompt before question; one turn may be fewer than another's."""
+    monkeypatch.setattr(
+        "tools.sample.answers",
+        lambda model, t, prompts, **_: [t.decode(ids).split()[-2].upper() for ids in prompts],
+    )
+    model, tokenizer = Parrot(None), Words()
+    rows = [{"question": "q"}, {"prompt": "p", "question": "q"}]
+    rows += [{"instruction": "i", "prompt": "p"}, {"turns": ["t", "u"], "instruction": "i"}]
+    for first, wanted in ((0, "QPIT"), (3, "T")):
+        made = sample.answer_file(model, tokenizer, rows[first:], "tiny", False)
+        if not first:
+            assert [row["output"] for row in made] == [*wanted]
+            assert [row["instruction"] for row in made] == [*wanted.lower()]
+        else:
+            assert [row["choices"][0]["turns"] for row in made] == [["T", "U"]]
+            assert (made[0]["question_id"], made[0]["answer_id"]) == (0, "tiny-0")
+
+
+@pytest.mark.parametrize(
+    ("config", "jinja", "flags", "plain"),
+    [
+        ({}, None, [], True),
+        ({"chat_template": "t"}, None, [], False),
+        ({}, "t", [], False),
+        ({"chat_template": "t"}, "t", ["--plain"], True),
+    ],
+)
+def test_a_model_without_a_template_gets_plain_text(
+    config, jinja, flags, plain, tiny_llama, tmp_path, monkeypatch
+):
+    """And the flags reach the sampling; 0 is greedy, and the answers are named by the folder."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "mine")
+    known = json.loads((folder / "tokenizer_config.json").read_text())
+    known.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(known | config))
+    if jinja:
+        (folder / "chat_template.jinja").write_text(jinja)
+    seen = []
+    monkeypatch.setattr(sample, "talk", lambda *a, **more: seen.append((a[2:], more)))
+    more = ["--top-p", "0.5", "--seed", "7", "--max-new-tokens", "3", "--device", "cpu"]
+    run(sample, folder, "Hi", *flags, *more)
+    run(sample, folder, *flags, "--device", "cpu", "--temperature", "0.5")
+    (one, first), (two, second) = seen
+    assert one == ("Hi", plain) and two == (None, plain)
+    assert (first["max_new"], first["temperature"], first["top_p"]) == (3, 0.0, 0.5)
+    assert first["generator"].initial_seed() == 7
+    assert (second["max_new"], second["temperature"], second["top_p"]) == (512, 0.5, None)
+    assert second["generator"].initial_seed() == 42
+    monkeypatch.setattr(sample, "answer_file", lambda m, t, rows, name, *_, **o: [name, *rows])
+    (tmp_path / "q.json").write_text('[{"prompt": "?"}]')
+    run(sample, folder, "--file", tmp_path / "q.json", "--out", tmp_path / "a.json", *more[-2:])
+    assert json.loads((tmp_path / "a.json").read_text()) == ["mine", {"prompt": "?"}]
 
 
 def test_a_streamed_answer_ends_with_the_turn(tiny_tokenizer, capsys):
@@ -306,32 +427,38 @@ def test_a_streamed_answer_ends_with_the_turn(tiny_tokenizer, capsys):
         def stream(self, prompts, max_new, **sampling):
             yield from map(torch.tensor, [*said, tokenizer.bos_id, *said])
 
-    assert stream(Model(), tokenizer, tokenizer.encode("q"), 99) == "hello"
+    assert sample.stream(Model(), tokenizer, tokenizer.encode("q"), 99) == "hello"
     assert capsys.readouterr().out == "hello\n"
 
 
 def test_sample_says_what_is_wrong_with_its_input(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"text": "?"}')
-    error = run(
-        "sample.py", BASE, "--file", tmp_path / "q.jsonl", "--out", tmp_path / "a", code=2
-    ).stderr
-    assert "q.jsonl: row 1" in error
-    assert "no such file" in run("sample.py", tmp_path / "nowhere", "?", code=2).stderr
+    words = BASE, "--file", tmp_path / "q.jsonl"
+    assert "q.jsonl: row 1" in run(sample, *words, "--out", tmp_path / "a", code=2)[1]
+    assert "--file and --out belong together" in run(sample, BASE, "--out", "x", code=2)[1]
+    (tmp_path / "q.jsonl").write_text('{"prompt": "?"}')
+    error = run(sample, *words, "--out", tmp_path / "no" / "a", code=2)[1]
+    assert f"there is no folder {tmp_path / 'no'}" in error
+    for text, problem in (("", "no questions in it"), ("{", "neither JSON nor JSON Lines")):
+        (tmp_path / "q.jsonl").write_text(text)
+        assert f"q.jsonl: {problem}" in run(sample, *words, "--out", tmp_path / "a", code=2)[1]
+    assert "no such file" in run(sample, tmp_path / "nowhere", "?", code=2)[1]
 
 
 def test_sample_says_which_question_fills_the_context(tmp_path):
     """The other question of the file is answered."""
     context = json.loads((BASE / "config.json").read_text())["max_position_embeddings"]
     long = "Question: " + "Peru " * context
-    error = run("sample.py", BASE, long, code=2).stderr
+    _, error = run(sample, BASE, long, code=2)
     assert re.fullmatch(
         rf"sample.py: the question has \d+ tokens and fills the model's context of {context}\n",
         error,
     )
     questions, out = tmp_path / "q.json", tmp_path / "a.json"
     questions.write_text(json.dumps([{"instruction": PERU}, {"instruction": long}]))
-    done = run("sample.py", BASE, "--file", questions, "--out", out, "--max-new-tokens", "9")
-    assert "row 2, turn 1, has" in done.stderr and "row 1" not in done.stderr
+    flags = "--file", questions, "--out", out, "--max-new-tokens", "9"
+    _, error = run(sample, BASE, *flags)
+    assert "row 2, turn 1, has" in error and "row 1" not in error
     first, second = json.loads(out.read_text())
     assert first["output"] and second["output"] == ""
 
@@ -343,14 +470,15 @@ def test_sample_refuses_a_token_beyond_the_embedding_only_where_it_is_asked(tmp_
     n = json.loads((BASE / "config.json").read_text())["vocab_size"]
     (model / "added_tokens.json").write_text(json.dumps({"<pad>": n}))
     token = f"the token '<pad>', {n}, is beyond the embedding, which ends with {n - 1}: leave it"
-    error = run("sample.py", model, f"{PERU}<pad>", code=2).stderr
+    _, error = run(sample, model, f"{PERU}<pad>", code=2)
     assert error.startswith(f"sample.py: the question: {token}") and error.count("\n") == 1
     rows = [{"instruction": PERU}, {"instruction": "<pad>"}]
     for asked in (rows[:1], rows):
         (tmp_path / "q.json").write_text(json.dumps(asked))
         files = ("--file", tmp_path / "q.json", "--out", tmp_path / "a.json")
-        done = run("sample.py", model, *files, "--max-new-tokens", "9", code=2 * (asked == rows))
-    assert done.stderr.startswith(f"sample.py: {tmp_path / 'q.json'}: row 2, turn 1: {token}")
+        code = 2 * (asked == rows)
+        _, error = run(sample, model, *files, "--max-new-tokens", "9", code=code)
+    assert error.startswith(f"sample.py: {tmp_path / 'q.json'}: row 2, turn 1: {token}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -413,10 +541,10 @@ def runs(tmp_path) -> list[Path]:
 
 @needs_matplotlib
 def test_plot_draws_one_run_and_several(runs, tmp_path):
-    run("plot.py", runs[0])
+    run(plot, runs[0])
     assert "<svg" in (tmp_path / "one" / "curves.svg").read_text()
     many = [*runs, *(shutil.copytree(runs[0], tmp_path / name) for name in ("four", "five"))]
-    printed = run("plot.py", *many, "--save", tmp_path / "all.png").stdout
+    printed, _ = run(plot, *many, "--save", tmp_path / "all.png")
     assert printed.count("full") == 5 and "all.png, with the first 4 runs" in printed
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
@@ -487,8 +615,60 @@ def test_a_run_is_followed_by(to, runs, monkeypatch):
 def test_a_follower_that_is_not_installed_or_has_no_run_says_so(tmp_path):
     for to in ("tensorboard", "wandb"):
         if find_spec(to) is None:
-            error = run("follow.py", tmp_path, "--to", to, code=2).stderr
+            error = run(follow, tmp_path, "--to", to, code=2)[1]
             assert error.startswith(f"follow.py: {to} is not installed: {sys.executable} -m pip in")
         else:
-            error = run("follow.py", tmp_path / "no", "--to", to, code=2).stderr
+            error = run(follow, tmp_path / "no", "--to", to, code=2)[1]
             assert "no: no such folder" in error
+
+
+def test_runs_of_one_name_are_told_apart(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda runs, file: drawn.append([*runs]))
+    same = [shutil.copytree(runs[0], tmp_path / name / "run") for name in "ab"]
+    run(plot, *runs[:2])
+    run(plot, *same)
+    assert drawn == [["one", "two"], [str(folder) for folder in same]]
+
+
+@needs_matplotlib
+def test_plot_says_what_is_wrong(runs, tmp_path):
+    assert "metrics.jsonl: no such file" in run(plot, tmp_path, code=2)[1]
+    save = runs[0], "--save"
+    assert "must end in .svg or .png" in run(plot, *save, tmp_path / "x.pdf", code=2)[1]
+    assert "there is no folder" in run(plot, *save, tmp_path / "no" / "x.png", code=2)[1]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1}')
+    assert "no training step in it" in run(plot, tmp_path, code=2)[1]
+
+
+ROW = {"logps/chosen": -0.25, "logps/rejected": -0.75, "rewards/accuracies": 0.5}
+ROW |= {"nll_loss": 0.25, "log_odds_ratio": -0.625}
+
+
+def test_every_curve_is_of_its_metric():
+    """L_OR is minus what TRL calls log_odds_ratio."""
+    curves = {label: value(ROW) for _, curves in plot.PANELS for label, value, *_ in curves}
+    assert curves == {"chosen": -0.25, "rejected": -0.75, "margin": 0.5, "accuracy": 0.5,
+                      "L_SFT": 0.25, "L_OR": 0.625}  # fmt: skip
+    shares = {"accepted/greedy": 1, "accepted/sampled": 2}
+    assert [value(shares) for _, value, *_ in plot.ACCEPTED[1]] == [1, 2]
+    assert plot.smooth([1, 2, 3, 6], width=2) == [1, 1.5, 2.5, 4.5]
+
+
+@pytest.mark.parametrize("n_evaluations", [0, 2, 3])
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_bold_line_goes_through_three_evaluations_or_follows_training(n_evaluations, accepted):
+    lines = []
+    ax = SimpleNamespace(plot=lambda x, y, line="-", **style: lines.append((x, y, line, style)))
+    rows = [{"step": i, "loss": 1.0, "x": i * i} for i in range(1, 4)]
+    rows += [{"step": i, "eval_loss": 1.0, "eval_x": 10 + i} for i in range(n_evaluations)]
+    plot.draw_curve(ax, lambda row: row["x"], "--", "red", rows, accepted)
+    dots = [line for line in lines if line[3].get("marker")]
+    bold = [line for line in lines if line[3]["lw"] == plot.BOLD and line not in dots]
+    if n_evaluations:
+        assert dots[0][:3] == ([*range(n_evaluations)], [10, 11, 12][:n_evaluations], "--")
+        assert (dots[0][3]["lw"] == plot.BOLD) == (accepted or n_evaluations == 3)
+    faint = [line for line in lines if line[3].get("alpha")]
+    assert [line[:2] for line in faint] == ([] if accepted else [([1, 2, 3], [1, 4, 9])])
+    smooth = [] if accepted or n_evaluations == 3 else [([1, 2, 3], [1, 2.5, 14 / 3])]
+    assert [line[:2] for line in bold] == smooth and len(dots) == bool(n_evaluations)

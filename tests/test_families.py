@@ -14,7 +14,7 @@ import train
 from data import Pair, micro_batches
 from formats.config import write_config
 from formats.families import FAMILIES
-from formats.weights import write_safetensors
+from formats.weights import read_safetensors, write_safetensors
 from model import ModelConfig, Norm, Transformer
 from tests.golden.make_families import weights
 from tests.small import complaint, random_model, with_config
@@ -50,6 +50,15 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     got = last_logits(write_family(name, tmp_path), name)
     atol = 1e-5 if name == "gemma" else 5e-6
     torch.testing.assert_close(got, golden_logits(name), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_saved_tensor_has_the_name_and_shape_that_transformers_gives_it(name, tmp_path):
+    """Our own reader takes names without their prefix too, and so cannot tell."""
+    model = Transformer.from_pretrained(write_family(name, tmp_path))
+    model.save_pretrained(tmp_path / "again")
+    saved = read_safetensors(tmp_path / "again" / "model.safetensors")
+    assert {key: [*tensor.shape] for key, tensor in saved} == GOLDEN[name]["shapes"]
 
 
 def test_there_is_a_golden_row_of_every_family():
@@ -369,6 +378,52 @@ def test_phi_4_is_a_phi_3(tmp_path):
     with torch.device("meta"):
         n = sum(p.numel() for p in Transformer(config).parameters())
     assert n == pytest.approx(14.66e9, rel=1e-3)
+
+
+# What each family's class in transformers reads, and a parameter that is there where it is true.
+BOOLEANS = [
+    (key, family, parameter)
+    for key, parameter, families in (
+        ("tie_word_embeddings", None, " ".join(f for f in FAMILIES if f != "phi")),
+        ("attention_bias", "layers.0.self_attn.k_proj.bias", "llama qwen3 gemma olmo2 smollm3"),
+        ("mlp_bias", "layers.0.mlp.down_proj.bias", "llama smollm3"),
+        ("do_layer_norm_before", "norm.bias", "opt"),
+    )
+    for family in families.split()
+]
+# What is built for one value alone.
+FIXED = {
+    "gemma": {"use_bidirectional_attention": False},
+    "phi": {"qk_layernorm": False, "tie_word_embeddings": False},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
+    | {"add_cross_attention": False},
+    "opt": {"enable_bias": True, "layer_norm_elementwise_affine": True}
+    | {"_remove_final_layer_norm": False},
+}
+FIXED = [(family, key, value) for family, keys in FIXED.items() for key, value in keys.items()]
+OTHER_NAMES = {"n_embd": 16, "n_layer": 2, "n_head": 4, "ffn_dim": 24, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize(("key", "family", "parameter"), BOOLEANS)
+def test_a_boolean_is_what_the_file_says_whatever_the_familys_default(
+    key, family, parameter, value, tmp_path
+):
+    """Also when it is written and read again."""
+    config = config_of(tmp_path, family, **OTHER_NAMES, **{key: value})
+    write_config(tmp_path, config, torch.float32)
+    for found in (config, ModelConfig.from_json(tmp_path / "config.json")):
+        with torch.device("meta"):
+            names = {name for name, _ in Transformer(found).named_parameters()}
+        is_there = "lm_head.weight" not in names if parameter is None else parameter in names
+        assert is_there == value
+
+
+@pytest.mark.parametrize(("family", "key", "value"), FIXED)
+def test_a_boolean_that_is_built_for_one_value_alone_may_say_it(family, key, value, tmp_path):
+    config_of(tmp_path, family, **OTHER_NAMES, **{key: value})
+    with pytest.raises(ValueError, match=f"{key} {not value} is not supported, only"):
+        config_of(tmp_path, family, **OTHER_NAMES, **{key: not value})
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3"])

@@ -11,7 +11,7 @@ import torch
 import data
 import train
 from data import step_pairs
-from run.flags import BUILTIN, ELSEWHERE
+from run.flags import BUILTIN, ELSEWHERE, settings_of
 from run.folder import refuse_other_settings
 from run.lora import lora_layers
 from run.processes import pick_device
@@ -126,6 +126,56 @@ def test_a_run_is_not_resumed_with_another(name):
     other = dataclasses.replace(config, **{name: OTHERS[name]})
     with pytest.raises(ValueError, match=f"--resume: {name} was .* now {OTHERS[name]!r}"):
         refuse_other_settings(other, then, Path("step-1"))
+
+
+# May change when a run is resumed: they change no step, or what they give is compared otherwise.
+FREE = {"data": "/x", "eval_data": "/x", "chat_template": "/x", "keep": 5, "shard": True}
+FREE |= {"micro_batch_tokens": 99, "activation_checkpointing": True, "compile": True}
+FREE |= {"log_every": 3, "eval_every": 3, "save_every": 3, "lora_adapters": True}
+FREE |= {"out": "/x", "overwrite": True, "resume": True, "device": "cuda:1"}  # of this start
+REFUSED_TOO = {"model", "lam", "date", "eval_only", "dry_run"}  # elsewhere, or not with --resume
+
+
+def test_every_flag_is_free_or_refused_when_a_run_is_resumed():
+    fields = {f.name for f in dataclasses.fields(train.TrainConfig)}
+    assert FREE.keys() | OTHERS.keys() | REFUSED_TOO == fields
+    assert not FREE.keys() & (OTHERS.keys() | REFUSED_TOO)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_run_is_resumed_with_another(name):
+    config = train.TrainConfig("/m", "/d", out="/o", dtype="float32")
+    other = dataclasses.replace(config, **{name: FREE[name]})
+    assert getattr(other, name) != getattr(config, name)
+    refuse_other_settings(other, settings_of(config), Path("step-1"))
+    refuse_other_settings(config, settings_of(other), Path("step-1"))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_of_a_version_without_a_flag_had_its_default(name):
+    config = train.TrainConfig("/m", "/d", out="/o")
+    then = settings_of(config)
+    del then[name]
+    refuse_other_settings(config, then, Path("step-1"))
+    other = dataclasses.replace(config, **{name: OTHERS[name]})
+    with pytest.raises(ValueError, match=f"--resume: {name} was {getattr(config, name)!r} in step"):
+        refuse_other_settings(other, then, Path("step-1"))
+
+
+OFF = "warmup-steps grad-clip weight-decay adam-beta1 adam-beta2 eval-every save-every lora-rank "
+OFF += "activation-checkpointing eval-fraction lam"
+
+
+def test_zero_switches_off(arguments, tmp_path):
+    """Two steps at the peak rate, clipped by nothing; no checkpoint, no best model, no adapters."""
+    zeros = [word for name in OFF.split() for word in (f"--{name}", "0")]
+    rows = steps(run(arguments, *zeros, "--max-steps", "2", "--lr-schedule", "constant"))
+    assert [row["learning_rate"] for row in rows] == [3e-3, 3e-3]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["nll_loss"]) and row["rewards/chosen"] == 0
+    assert rows[0]["grad_norm"] > 0 and rows[1]["loss"] < rows[0]["loss"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"metrics.jsonl", "run.json", "model", "finished"}
 
 
 def test_the_settings_of_a_run_serve_on_another_machine(whole, tmp_path, capsys):

@@ -100,6 +100,28 @@ FORMS = {  # what: (the row, the row as written)
         },
         GARDA,
     ),
+    "MT-Bench, behind a system message": (
+        {
+            "conversation_a": BRIEF + ASKED + GARDA["chosen"] + messages("u:More.", "a:x"),
+            "conversation_b": BRIEF + ASKED + GARDA["rejected"] + messages("u:More.", "a:y"),
+            "winner": "model_a",
+            "turn": 1,
+        },
+        GARDA | {"prompt": BRIEF + ASKED},
+    ),
+    "history behind a system message": (
+        GARDA | {"prompt": BRIEF + ASKED, "history": [["Name a river.", "The Elbe."]]},
+        GARDA | {"prompt": BRIEF + TALK + ASKED},
+    ),
+    "history of messages behind a system column": (
+        GARDA | {"system": "Be brief.", "history": TALK},
+        GARDA | {"prompt": BRIEF + TALK + ASKED},
+    ),
+    "OpenAI's answers beside a prompt": (
+        {"prompt": ASKED, "preferred_output": GARDA["chosen"]}
+        | {"non_preferred_output": GARDA["rejected"]},
+        GARDA,
+    ),
     "Nectar": (
         {
             "prompt": HH + " ",
@@ -197,6 +219,38 @@ def test_a_form_becomes_its_pair(what, tmp_path):
         wanted[key] for key in ("prompt", "chosen", "rejected")
     )
     assert got.tools == wanted.get("tools") and not got.ignored
+
+
+OTHER_WAY_ROUND = {  # what makes the other answer the better one
+    "SHP": {"labels": 1},
+    "PKU-SafeRLHF": {"better_response_id": 0},
+    "HelpSteer2": {"preference_strength": -2},
+    "HelpSteer3": {"overall_preference": 1},
+    "WebGPT": {"score_1": -1.5},
+    "MT-Bench, first turn": {"winner": "model_a"},
+    "MT-Bench, behind a system message": {"winner": "model_b"},
+    "TL;DR": {"choice": 0},
+}
+
+
+@pytest.mark.parametrize("what", OTHER_WAY_ROUND)
+def test_the_other_answer_may_be_the_better_one(what):
+    row, wanted = FORMS[what]
+    found, _ = convert(row | OTHER_WAY_ROUND[what], "FILE:1")
+    assert (found.chosen, found.rejected) == (wanted["rejected"], wanted["chosen"])
+
+
+@pytest.mark.parametrize(
+    "info, prompt",
+    [
+        ({"article": "Long."}, "POST: Long.\n\nTL;DR:"),
+        ({"post": "Long.", "article": "no", "title": ""}, "POST: Long.\n\nTL;DR:"),
+        ({"post": None, "article": "Long.", "title": "dog"}, "TITLE: dog\n\nPOST: Long.\n\nTL;DR:"),
+    ],
+)
+def test_a_post_or_an_article_is_summarised(info, prompt):
+    found, _ = convert(FORMS["TL;DR"][0] | {"info": info}, "FILE:1")
+    assert found.prompt == prompt
 
 
 TIES = {
@@ -323,20 +377,22 @@ def test_the_user_names_the_column_that_asks(tmp_path):
     assert got.prompt == ASKED
 
 
-def test_scores_that_contradict_the_order_are_counted(tmp_path):
-    scores = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
-    rows = [GARDA | dict(zip(names, values, strict=True)) for names in scores for values in
-            ((2, 1), (1, 2), (1.5, 1.5))]  # fmt: skip
+SCORES = [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")]
+SCORES += [("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected")]
+SCORES += [("chosen_rating", "rejected_rating"), ("chosen_avg_rating", "rejected_avg_rating")]
+
+
+@pytest.mark.parametrize(("better", "worse"), SCORES)
+def test_scores_that_contradict_the_order_are_counted(better, worse, tmp_path):
+    rows = [GARDA | {better: x, worse: y} for x, y in ((2, 1), (1, 2), (1.5, 1.5), (0, 1))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     printed = prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl")
-    assert "6 pairs of 6 rows" in printed
-    for line, words in (
-        (2, "have a lower score_chosen than score_rejected"),
-        (3, "have score_chosen and score_rejected alike"),
-        (5, "have a lower chosen-rating than rejected-rating"),
-        (6, "have chosen-rating and rejected-rating alike"),
+    assert "4 pairs of 4 rows" in printed
+    for n, line, words in (
+        (2, 2, f"have a lower {better} than {worse}"),
+        (1, 3, f"have {better} and {worse} alike"),
     ):
-        assert f"warning: 1 {words} (first: {tmp_path / 'rows.jsonl'}:{line})" in printed
+        assert f"warning: {n} {words} (first: {tmp_path / 'rows.jsonl'}:{line})" in printed
 
 
 def test_a_system_column_beside_a_system_message_is_not_used_and_named():

@@ -8,17 +8,16 @@ import torch
 import data
 from attention import KVCache
 from formats.families import FAMILIES
-from model import Transformer, sample
+from model import LOOK_EVERY, Transformer, sample
 from run.answers import answers
 from tests.runs import FACTS
 from tests.small import V, random_model
 
 
-def greedy_by_full_forward(model, prompt, n):
-    tokens = torch.tensor([prompt])
-    for _ in range(n):
-        tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    return tokens[0, len(prompt) :].tolist()
+def greedy_by_full_forward(model, prompt, new):
+    """The likeliest token after each part of prompt and answer, of which a forward pass without a
+    cache has all at once: they are the answer itself where it is the greedy one."""
+    return model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def random_prompts(*lengths, seed=0) -> list[list[int]]:
@@ -52,7 +51,7 @@ def test_ragged_prompts_generate_what_each_generates_by_recomputing(shape):
         lengths = random.Random(seed).choices(range(1, 40), k=4)
         prompts = random_prompts(1, 52, *lengths, seed=seed)
         for prompt, new in zip(prompts, model.generate(prompts, 12), strict=True):
-            assert new == greedy_by_full_forward(model, prompt, 12)
+            assert new == greedy_by_full_forward(model, prompt, new)
             assert [new] == model.generate([prompt], 12)
             seen |= set(new)
     assert len(seen) > 4, "too dull a text to tell anything"
@@ -82,7 +81,23 @@ def test_a_cache_grows_sequence_by_sequence():
     assert segments.lengths == ((1, 3), (1, 2))
 
 
-def test_a_sequence_ends_behind_eos_and_leaves_the_batch(monkeypatch):
+def test_a_cache_has_room_for_what_may_come_and_no_more(monkeypatch):
+    sizes = []
+
+    class Noted(KVCache):
+        def __init__(self, config, rows, device, dtype):
+            sizes.append(list(rows))
+            super().__init__(config, rows, device, dtype)
+
+    monkeypatch.setattr("model.KVCache", Noted)
+    random_model().generate(random_prompts(4, 60, 64), 10)  # of a context of 64
+    assert sizes == [[14, 64, 64]]
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_a_sequence_ends_behind_eos_and_leaves_the_batch(every, monkeypatch):
+    """Also where the host looks only now and then whether one has ended, as on a GPU."""
+    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
     model, prompts = random_model(), random_prompts(4, 2, 7)
     free = model.generate(prompts, 20)
     # an id that row 0 meets early, then another row later, and one that never comes
@@ -93,7 +108,8 @@ def test_a_sequence_ends_behind_eos_and_leaves_the_batch(monkeypatch):
     monkeypatch.setattr(model, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
     got = model.generate(prompts, 20, eos_id=eos_id)
     assert got == [row[:stop] for row, stop in zip(free, stops, strict=True)]
-    assert sizes == [sum(stop > t for stop in stops) for t in range(max(stops))]
+    last = [min(20, -(-stop // every) * every) for stop in stops]  # when it is seen
+    assert sizes == [sum(stop > t for stop in last) for t in range(max(last))]
     never = next(x for x in range(V) if not any(x in row for row in free))
     assert model.generate(prompts, 20, eos_id=never) == free
 
@@ -232,5 +248,5 @@ def test_sampled_answers_are_those_of_the_generator():
 def test_generation_by_bfloat16_compute_begins_as_by_recomputing(in_bfloat16):
     prompts = random_prompts(4, 6)
     got = in_bfloat16.generate(prompts, 9)
-    firsts = [greedy_by_full_forward(in_bfloat16, prompt, 1) for prompt in prompts]
-    assert [new[:1] for new in got] == firsts
+    for prompt, new in zip(prompts, got, strict=True):
+        assert new[:1] == greedy_by_full_forward(in_bfloat16, prompt, new[:1])

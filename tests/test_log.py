@@ -11,7 +11,7 @@ import train
 from data import step_pairs
 from run.folder import read_rows
 from run.log import Log
-from run.plan import Plan
+from run.plan import Plan, step_flops
 from tests.runs import CLOCKS, METRICS, run, steps
 from tests.small import random_model, random_pairs
 
@@ -77,16 +77,66 @@ def test_tokens_per_second_are_of_all_steps_since_the_row_before_and_of_no_evalu
     assert [row["step"] for row in rows] == [2, 4, 6] and clock[0] == 3012
 
 
-def test_the_time_left_is_that_of_this_start(monkeypatch, tmp_path, capsys):
-    """Resumed after step 100 of 200, two seconds a step: after 3 steps 194 s are left."""
+ROW = dict.fromkeys(METRICS - {"step"} - CLOCKS, torch.zeros(()))
+
+
+@pytest.fixture
+def log_at(monkeypatch, tmp_path):
+    """A log of a run that goes on after a step, and a list whose number is its clock."""
     seconds = [0.0]
     clock = SimpleNamespace(**vars(time) | {"perf_counter": lambda: seconds[0]})
     monkeypatch.setattr("run.log.time", clock)
     model = random_model(torch.float32)
-    log = Log(tmp_path, model, 100, Plan(200, 10, [], False), train.TrainConfig())
-    row = dict.fromkeys(METRICS - {"step"} - CLOCKS, torch.zeros(()))
+    return lambda start, n_steps, **flags: (
+        Log(tmp_path, model, start, Plan(n_steps, 10, [], False), train.TrainConfig(**flags)),
+        seconds,
+    )
+
+
+def take(log: Log, step: int, pairs):
+    metrics = ROW | {"updates": torch.tensor(step)}
+    log.step(step, pairs, metrics if log.wants(step) else None, 0.1)
+
+
+def test_the_time_left_is_that_of_this_start(log_at, capsys):
+    """Resumed after step 100 of 200, two seconds a step: after 3 steps 194 s are left, however long
+    an evaluation among them took."""
+    log, seconds = log_at(100, 200)
     for step in (101, 102, 103):
         seconds[0] += 2
-        log.step(step, random_pairs([(3, 2, 2)]), row | {"updates": torch.tensor(step)}, 0.1)
+        take(log, step, random_pairs([(3, 2, 2)]))
+        with log.paused():
+            seconds[0] += 9
     assert "after 3 steps: about 0:03:14 left" in capsys.readouterr().out
+    log.close()
+
+
+def test_where_there_is_no_terminal_a_line_comes_every_half_minute(log_at, capsys):
+    log, seconds = log_at(100, 200)
+    log.bar.disable = True
+    for step in range(101, 105):
+        seconds[0] += 11
+        take(log, step, random_pairs([(3, 2, 2)]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 1 and lines[0].startswith("step 103 of 200: loss 0.000 acc 0.00 logps")
+    assert lines[0].endswith("; 0:17:47 left")  # 97 steps of 11 s
+    log.close()
+
+
+def test_rates_are_of_all_processes_and_mfu_of_one(log_at, monkeypatch, tmp_path):
+    """Two steps of 3 s between rows, over 4 processes that can each do 1e6 operations a second."""
+    monkeypatch.setattr("run.log.world_size", lambda: 4)
+    monkeypatch.setattr("run.log.peak_flops", lambda *_: 1e6)
+    log, seconds = log_at(0, 20, log_every=2)
+    steps_of = [random_pairs(lengths) for lengths in ([(3, 2, 2)], [(5, 4, 6), (2, 2, 2)])]
+    for step, pairs in enumerate(steps_of * 2, 1):
+        seconds[0] += 3
+        take(log, step, pairs)
+    flops = sum(step_flops(log.model, pairs, log.config) for pairs in steps_of)
+    rows = read_rows(tmp_path)
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(28 / 6)
+        assert row["tflops"] == pytest.approx(flops / 6 / 1e12)
+        assert row["mfu"] == pytest.approx(flops / 6 / 1e6 / 4)
+    assert [(row["step"], row["epoch"]) for row in rows] == [(2, 0.2), (4, 0.4)]
     log.close()

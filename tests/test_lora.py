@@ -12,10 +12,11 @@ import data
 import orpo
 import train
 from formats.families import FAMILIES
+from formats.weights import read_safetensors
 from model import Linear, ModelConfig, Transformer, trainable
 from run.lora import LoRALinear, add_lora, lora_layers, merge_lora
 from run.plan import step_flops
-from run.saving import Run, save_checkpoint, save_model, training_state
+from run.saving import Run, save_adapters, save_checkpoint, save_model, training_state
 from tests.runs import (
     FACTS,
     UNEVEN,
@@ -238,6 +239,23 @@ def test_a_checkpoint_holds_adapters_alone_and_a_number_to_know_the_base_again()
     assert sum(x.numel() for x in state.values()) == n_trained + 1
 
 
+def test_adapters_then_an_export_then_the_whole_model(arguments, tmp_path):
+    """Each run begins where the one before ended, and writes no adapters where it has none."""
+    arguments += ["--max-steps", "2", "--save-every", "1", "--keep", "1"]
+    first = run(arguments, *LORA)
+    export(tmp_path / "out" / "checkpoints" / "step-00000002", tmp_path / "made")
+    second = run(arguments, "--model", str(tmp_path / "made"), "--out", str(tmp_path / "second"))
+    model = str(tmp_path / "second" / "model")
+    third = run(arguments, *LORA, "--lora-adapters", "--model", model, "--overwrite")
+    for before, after in ((first, second), (second, third)):
+        assert after[0]["step"] == 0 and before[-1]["step"] == 2
+        assert after[0]["eval_loss"] == pytest.approx(before[-1]["eval_loss"], rel=1e-5)
+        assert after[0]["eval_loss"] != after[-1]["eval_loss"]
+    assert not (tmp_path / "second" / "adapters").exists()
+    named = json.loads((tmp_path / "out" / "adapters" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == model
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_run_exports_is_what_it_evaluated(arguments, tmp_path, dtype, capsys):
     """bfloat16 rounds the sum of weight and change once more: 8 bits."""
@@ -291,6 +309,8 @@ def test_a_checkpoint_becomes_the_merged_model(folder, arguments, tmp_path, caps
     with pytest.raises(ValueError, match=r"base: is not the model that was trained; .* --model"):
         export(step, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    export(step, tmp_path / "other", moved)  # counts more than the place that the run names
+    assert file_bytes(made) == file_bytes(tmp_path / "other")
 
 
 def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_tokenizer, tmp_path):
@@ -307,6 +327,37 @@ def test_a_checkpoint_of_every_family_becomes_the_merged_model(family, tiny_toke
     export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "made")
     assert file_bytes(tmp_path / "made") == file_bytes(tmp_path / "model")
     assert Transformer.from_pretrained(tmp_path / "made").config.dtype == "float32"
+
+
+def test_adapters_of_every_family_give_the_merged_model_as_peft_reads_them(family, tmp_path):
+    """W + alpha/r B A of each stored matrix, turned where peft would turn it. Of joined projections
+    (GPT-2's, Phi-3's) rank and alpha are those of the patterns."""
+    family.save_pretrained(tmp_path / "base")
+    model, base = adapted(3, copy.deepcopy(family)), tmp_path / "base"
+    merge_lora(model, family).save_pretrained(tmp_path / "merged")
+    config = train.TrainConfig(model=str(base), lora_rank=3, lora_alpha=8.0)
+    about = {"chat": False, "plain": True, "n_steps": 2, "digests": {}}
+    save_adapters(Run(config, tmp_path, model, None, None, **about), tmp_path / "adapters")
+    before, wanted = (dict(read_safetensors(tmp_path / x / "model.safetensors"))
+                      for x in ("base", "merged"))  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    peft = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert peft["base_model_name_or_path"] == str(base)
+    found = read_safetensors(tmp_path / "adapters" / "adapter_model.safetensors")
+    parts, seen = {name: tensor.clone() for name, tensor in found}, set()
+    for name in [name for name in parts if name.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        stored, last = module.removeprefix("base_model.model."), module.rpartition(".")[2]
+        a, b = parts.pop(name), parts.pop(f"{module}.lora_B.weight")
+        rank = peft["rank_pattern"].get(last, peft["r"])
+        scale = peft["alpha_pattern"].get(last, peft["lora_alpha"]) / rank
+        change = scale * b.double() @ a.double()
+        assert len(a) == rank and last in peft["target_modules"]
+        change = change.t() if peft["fan_in_fan_out"] else change
+        got = before[f"{stored}.weight"].double() + change
+        torch.testing.assert_close(got, wanted[f"{stored}.weight"].double(), rtol=1e-6, atol=1e-7)
+        seen.add(f"{stored}.weight")
+    assert not parts and seen == {n for n, x in before.items() if not torch.equal(x, wanted[n])}
 
 
 def test_the_best_model_is_a_merged_one(arguments, tmp_path):

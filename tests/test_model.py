@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from model import ApplyRotary, Transformer
+from model import ApplyRotary, ModelConfig, Transformer
 from tests.small import random_model
 
 # -----------------------------------------------------------------------------
@@ -22,6 +22,24 @@ def test_the_gradient_of_a_rotation_is_the_rotation_back(head_dim):
     z = torch.complex(x[..., :3], x[..., 3:6]) * torch.polar(torch.ones_like(angle), angle)
     wanted = torch.cat((z.real, z.imag, x[..., 6:]), -1).detach()
     torch.testing.assert_close(turned, wanted, rtol=0, atol=1e-12)
+
+
+# -----------------------------------------------------------------------------
+# How a new model begins
+
+
+def test_new_weights_have_gpt_2_s_scale():
+    """0.02, and what adds to the residual stream of n layers 0.02 / sqrt(2 n)."""
+    torch.manual_seed(0)
+    sizes = {"n_heads": 2, "hidden_dim": 96, "qkv_bias": True, "mlp_bias": True}
+    model = Transformer(ModelConfig(400, 64, 8, layer_norm=True, **sizes))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 0.005 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+            assert abs(p.mean().item()) < 0.1 * std
+        elif "norm" in name:
+            assert (p == name.endswith("weight")).all(), name
 
 
 # -----------------------------------------------------------------------------

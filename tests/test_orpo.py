@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import orpo
 from tests import oracle
@@ -632,6 +633,25 @@ def test_evaluation_gives_the_same_numbers(dtype):
     for out in results:
         assert not out.loss.requires_grad
         assert all(map(torch.equal, out, expected))
+
+
+def test_few_logits_are_copied_to_float32_at_a_time():
+    """2^20 of them on a CPU, or a row that has more."""
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and args[0].dtype == torch.bfloat16:
+                copied.append(tuple(out.shape))
+            return out
+
+    for vocab_size, n_rows in ((2**18, 4), (2**20 + 8, 1)):
+        logits = torch.zeros(6, vocab_size, dtype=torch.bfloat16)
+        with Copies():
+            orpo._softmax_of_others(logits, torch.zeros(6, dtype=torch.int64))
+        rest = [6 % n_rows] if 6 % n_rows else []
+        assert [n for n, v in copied if v == vocab_size] == [n_rows] * (6 // n_rows) + rest
 
 
 def test_evaluation_forms_no_gradient(monkeypatch):

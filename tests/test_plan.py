@@ -1,7 +1,6 @@
 """The plan: steps, memory, disk, and the trial of the largest micro-batch."""
 
 import resource
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,21 +9,24 @@ import torch
 
 import data
 import train
+from data import step_pairs
 from model import ModelConfig, Transformer, trainable
 from run.lora import add_lora
 from run.plan import (
     count_parameters,
+    disk_line,
     disk_needed,
     fixed_memory,
     make_plan,
     out_of_memory_advice,
     peak_memory_gb,
+    step_flops,
     tell_model,
     tell_overlap,
     tell_peak,
     time_line,
 )
-from tests.runs import ROOT
+from tests.forked import call
 from tests.small import random_pairs, some_pairs, tiny
 
 
@@ -73,6 +75,18 @@ def test_the_plan_tells_the_trained_parameters_from_the_models(capsys):
     tell_model(model, config)
     printed = capsys.readouterr().out
     assert f"{n_parameters:,} parameters" in printed and f"{n_trained:,} trained" in printed
+
+
+@pytest.mark.parametrize(
+    ("device", "load", "said"), [("cpu", 10.4, True), ("cpu", 9, False), ("cuda", 99, False)]
+)
+def test_a_busy_machine_is_told(device, load, said, capsys, monkeypatch):
+    """Where more is running than eight cores and this run account for."""
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    tell_model(tiny(), train.TrainConfig(model="m", device=device, dtype="float32"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "busy" in line]
+    assert len(told) == said and all("(load 10 on 8 cores)" in line for line in told)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -180,12 +194,60 @@ def test_the_memory_of_a_process_is_in_gigabytes():
     assert peak_memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.1)
 
 
-def test_the_planned_time_has_a_third_more_where_all_blocks_are_computed_twice():
-    """1e12 operations at 0.05 TFLOP/s are 20 s."""
+def test_the_planned_time_has_a_third_more_where_all_blocks_are_computed_twice(monkeypatch):
+    """1e12 operations at 0.05 TFLOP/s are 20 s, and 5 s over four processes."""
     model, config = Transformer(ModelConfig(100, 16, 4, 2, 24)), train.TrainConfig(dtype="float32")
     for blocks, seconds in ((0, "0:01:00"), (2, "0:01:10"), (4, "0:01:20")):
         model.checkpointed_blocks = blocks
         assert f" {seconds} if each process does 0.05 TFLOP/s" in time_line(model, 3e12, config)
+    monkeypatch.setattr("run.plan.world_size", lambda: 4)
+    assert " 0:00:20 if each process does" in time_line(model, 3e12, config)
+
+
+def test_every_number_of_the_plan_by_hand(capsys, monkeypatch, tmp_path):
+    """Five pairs of 10, 10, 10, 10 and 40 tokens by two, over two processes that take 25 tokens at
+    a time. An epoch has two steps of two pairs, one on each process, and one of one."""
+    monkeypatch.setattr("run.plan.world_size", lambda: 2)
+    model = Transformer(ModelConfig(50, 16, 1, 2, 24))
+    pairs = random_pairs([(4, 3, 3)] * 4 + [(20, 10, 10)], vocab_size=50)
+    config = train.TrainConfig(out=str(tmp_path), device="cpu", dtype="float32", epochs=2, lam=0.5)
+    config.batch_size, config.micro_batch_tokens, config.warmup_steps, config.lr = 2, 25, 3, 1e-4
+    decode = SimpleNamespace(decode=lambda ids: "x")
+    plan = make_plan(model, decode, pairs, config)
+    assert plan == (6, 3, pairs[4:], False)
+    printed = capsys.readouterr().out.splitlines()
+    # 160 tokens and ten pairs, each a micro-batch of its own, in six steps.
+    busiest = [max(p.n_tokens for p in step_pairs(pairs, step, 2, 42)) for step in range(1, 7)]
+    ratio = 2 * sum(busiest) / 160
+    assert printed[:3] == [
+        "steps    6 of 2 pairs (3 an epoch), 27 tokens a step in 1.7 micro-batches, "
+        "the largest of 40",
+        f"         over 2 processes, the busiest with {ratio:.2f} of an equal share",
+        "         lam 0.5, SFT over response, lr 0.0001 (cosine, 3 warm-up), seed 42",
+    ]
+    flops = 2 * step_flops(model, pairs, config)
+    assert printed[3].startswith(f"time     {flops:.2g} operations: 0:00:00 if each process")
+    n = sum(p.numel() for p in model.parameters())
+    assert printed[4].startswith(f"memory   {16 * n / 2**20:.0f} MB for weights, gradients and")
+    checkpoint = f"{16 * n / 2**20:.0f} MB for the model and 1 checkpoint, of "
+    assert printed[5].startswith(f"disk     {checkpoint}")
+    assert printed[5].endswith("B free")
+
+
+@pytest.mark.parametrize("used", [0, 100])
+def test_the_disk_counts_as_free_what_the_run_has_already(used, tmp_path, monkeypatch):
+    """A model of 3 MB, saved once, on a disk with 1 MB left where the run's folder has 100 MB."""
+    model = Transformer(ModelConfig(1000, 600, 1, 1, 100, tie_embeddings=True))
+    config = train.TrainConfig(out=str(tmp_path), save_every=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    for name in ("checkpoints/step-00000001", "model", "best", "adapters"):
+        (tmp_path / name).mkdir(parents=True)
+        with open(tmp_path / name / "file", "wb") as f:
+            f.truncate(used * 2**20 // 4)
+    (tmp_path / "notes").write_bytes(bytes(2**20))  # not ours
+    line = disk_line(model, 10, config)
+    assert f"of {1 + used} MB free" in line
+    assert ("NOT ENOUGH; lower --keep" in line) == (used == 0)
 
 
 def test_the_planned_time_of_compiled_blocks_has_no_more(monkeypatch):
@@ -264,9 +326,6 @@ print(before, unplanned, short, again, held())
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_given_back_where_more_is_held_than_planned_or_left():
     """Gaps of some 8 MB between buffers that stay. SmolLM2 grew by them until it was killed."""
-    done = subprocess.run(
-        [sys.executable, "-c", HOLDING], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    before, unplanned, short, again, after = map(int, done.stdout.split())
+    before, unplanned, short, again, after = map(int, call("-c", HOLDING)[0].split())
     assert abs(unplanned - before) < 20
     assert before - short > 150 and again - after > 100

@@ -16,6 +16,7 @@ import orpo
 import train
 from model import ModelConfig, Transformer
 from run.flags import ELSEWHERE
+from tests.forked import call
 from tests.runs import METRICS, ROOT
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -58,11 +59,10 @@ def test_the_commands_run_in_their_order_at_tiny_size(tmp_path):
     for line in lines:
         for name, path in filled.items():
             line = re.sub(rf"\b{re.escape(name)}\b", str(path), line)
-        words = [sys.executable, *shlex.split(line)[1:]]
+        words = shlex.split(line)[1:]
         if "train.py" in line and "--eval-only" not in line:
             words += ["--max-steps", "2", "--batch-size", "4"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        call(*words)
     assert (tmp_path / "out" / "curves.svg").is_file()
     trained = Transformer.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32)
     base = Transformer.from_pretrained(facts / "base", dtype=torch.float32)
@@ -170,8 +170,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_help_is_grouped_and_fits_two_screens():
-    words = [sys.executable, str(ROOT / "train.py"), "--help"]
-    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    text, _ = call("train.py", "--help")
     assert len(text.splitlines()) <= 100
     for group in ("input and output:", "objective:", "optimizer:", "length:", "memory:", "run:"):
         assert group in text
@@ -197,19 +196,17 @@ def test_the_page_on_orpo_names_its_tests():
 
 
 def test_the_step_in_numbers_is_what_walk_py_prints():
-    command = [sys.executable, "-m", "examples.walk"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    printed = re.sub(r" \(apart by .*?\)", "", done.stdout).splitlines()
+    out, _ = call("-m", "examples.walk")
+    printed = re.sub(r" \(apart by .*?\)", "", out).splitlines()
     quoted = LEARN.partition("through the base model and back:\n")[2]
     quoted = [line.removeprefix("    ") for line in quoted.splitlines() if line.startswith("    ")]
     quoted = quoted[: next(i for i, line in enumerate(quoted) if "log P(rejected)" in line) + 1]
     assert len(quoted) > 10
     assert not [line for line in quoted if line not in printed]
-    (apart,) = re.findall(r"apart by (.*?)\)", done.stdout)
+    (apart,) = re.findall(r"apart by (.*?)\)", out)
     assert float(apart) < 1e-7  # nll_weight is float32
 
 
 def test_walk_py_refuses_a_line_that_is_not_there():
-    command = [sys.executable, "-m", "examples.walk", "--line", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "--line" in done.stderr and "Traceback" not in done.stderr
+    _, error = call("-m", "examples.walk", "--line", "0", code=2)
+    assert "--line" in error and "Traceback" not in error

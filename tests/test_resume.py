@@ -23,6 +23,7 @@ import train
 from formats.weights import write_safetensors
 from run.flags import settings_of
 from run.saving import digest
+from tests.forked import Forked, call
 from tests.runs import (
     ROOT,
     TWELVE_STEPS,
@@ -59,11 +60,9 @@ train.main(arguments)
 
 
 def interrupted(target: str, n: int, number: int, arguments: list[str], times: int = 1):
-    words = [sys.executable, "-c", DRIVER, target, str(n), str(int(number)), str(times)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*words, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    process = Forked("-c", DRIVER, target, n, int(number), times, *arguments)
+    out, error = process.communicate()
+    return subprocess.CompletedProcess([], process.poll(), out, error)
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +220,8 @@ def test_what_schedulers_send_stops_in_order_also_when_it_comes_twice(
 
 def test_under_nohup_a_closed_terminal_ends_nothing(arguments, tmp_path):
     code = f"import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{DRIVER}"
-    words = [sys.executable, "-c", code, "train.training_step", "3", str(int(signal.SIGHUP)), "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*words, *arguments], cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode == 0 and (tmp_path / "out" / "model").is_dir()
+    call("-c", code, "train.training_step", 3, int(signal.SIGHUP), 1, *arguments)
+    assert (tmp_path / "out" / "model").is_dir()
 
 
 @pytest.mark.parametrize("step", [0, 4, 12])

@@ -2,6 +2,7 @@
 what --model may be. With transformers and others themselves: tests/peers/test_served.py."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from formats.files import model_folder
 from formats.weights import write_safetensors
 from model import ModelConfig, Transformer
 from run.saving import Run, stop_ids, write_model_files
-from tests.runs import fails, run
+from tests.runs import fails, file_bytes, run
 from tests.small import complaint, random_model, state
 
 
@@ -100,6 +101,18 @@ def test_bos_is_added_for_strings_whatever_the_base_says(said, base, tmp_path):
     assert got["add_bos_token"] is True and got["add_eos_token"] is False
     chats = read(written(base, tmp_path / "chat", chat=True, plain=False) / "tokenizer_config.json")
     assert chats == config  # a template writes BOS itself
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_model_that_is_trained_again_says_the_same_of_itself(chat, base, tmp_path):
+    """BOS stays where it is, and so do the tokens that end an answer."""
+    write(base / "generation_config.json", {"eos_token_id": [7, 2], "top_p": 0.9})
+    write(base / "config.json", read(base / "config.json") | {"eos_token_id": 5})
+    once = written(base, tmp_path / "once", chat, not chat)
+    shutil.copy(base / "model.safetensors", once)
+    again = written(once, tmp_path / "again", chat, not chat)
+    shutil.copy(base / "model.safetensors", again)
+    assert file_bytes(again) == file_bytes(once) != file_bytes(base)
 
 
 def test_code_of_the_base_is_not_named(base, tmp_path):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from data import encode_prompt
-from formats.bpe import CHARACTER_OF_BYTE, merge_symbols
+from formats.bpe import BPE, CHARACTER_OF_BYTE, merge_symbols
 from formats.tokenizer import QWEN2_WORDS, load_tokenizer
-from formats.words import GPT2_WORDS, Split
+from formats.words import GPT2_WORDS, Split, Where, make_pre_tokenizer
 from tests.conftest import train_sentencepiece
 from tests.tokenizer_json import LEVEL, LLAMA3_WORDS, byte_level, llama2, metaspace
 
@@ -327,6 +327,75 @@ def test_config_json_has_the_special_ids_where_the_tokenizers_files_say_nothing(
     (tmp_path / "config.json").write_text('{"bos_token_id": 256, "eos_token_id": 256}')
     t = make_json(byte_level(added=[{"content": "<|endoftext|>"}]))
     assert (t.bos_id, t.eos_id) == (256, 256)
+
+
+# -----------------------------------------------------------------------------
+# Booleans. Each is true, false, null or not there: published files have all four.
+
+ABSENT = object()
+STEPS = {  # step.option: (the step's other keys, a text, its words where true and false, if absent)
+    "Digits.individual_digits": ({}, "a12", ["a", "1", "2"], ["a", "12"], False),
+    "ByteLevel.use_regex": ({"add_prefix_space": False}, "a b", ["a", " b"], ["a b"], True),
+    "ByteLevel.add_prefix_space": ({"use_regex": False}, "a b", [" a b"], ["a b"], True),
+    "Metaspace.split": (
+        {"replacement": "_", "prepend_scheme": "never"}, "a b", ["a", "_b"], ["a_b"], True,
+    ),
+    "Metaspace.add_prefix_space": (
+        {"replacement": "_", "split": False}, "a b", ["_a_b"], ["a_b"], True,
+    ),
+    "Split.invert": (
+        {"pattern": {"Regex": "[0-9]"}, "behavior": "Removed"}, "a1b", ["1"], ["a", "b"], False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [True, False, ABSENT], ids=["true", "false", "absent"])
+@pytest.mark.parametrize("what", STEPS)
+def test_a_boolean_of_a_step(what, value):
+    more, text, if_true, if_false, default = STEPS[what]
+    kind, _, option = what.partition(".")
+    step = {"type": kind} | more | ({} if value is ABSENT else {option: value})
+    value = default if value is ABSENT else value
+    assert make_pre_tokenizer([step])(text, Where.START) == (if_true if value else if_false)
+
+
+MODELS = {  # option of a model: (its other options, a text, its ids where true, where false)
+    "byte_fallback": ({}, "é", [3 + 0xC3, 3 + 0xA9], [0]),
+    "fuse_unk": ({"byte_fallback": False}, "éé", [0], [0, 0]),
+    "ignore_merges": ({"merges": []}, "he", [264], [261, 262]),
+}
+
+
+@pytest.mark.parametrize(
+    "value", [True, False, None, ABSENT], ids=["true", "false", "null", "absent"]
+)
+@pytest.mark.parametrize("what", MODELS)
+def test_a_boolean_of_a_model(what, value):
+    """llama2()'s pieces: <unk> 0, bytes from 3 on, ▁=259 t h e, ▁t, he=264."""
+    more, text, if_true, if_false = MODELS[what]
+    model = llama2()["model"]
+    del model["byte_fallback"], model["fuse_unk"]
+    model |= more | ({} if value is ABSENT else {what: value})
+    ids = BPE(model, over_bytes=False, joins_bytes=True).merge_word(text)
+    assert list(ids) == (if_true if value is True else if_false)
+
+
+def test_flags_of_an_added_token_that_are_false_change_nothing(make_json):
+    token = {"content": "<r>"}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    for text in ("a <r> b", "a<r>b"):
+        wanted = make_json(byte_level(added=[token])).encode(text)
+        for more in (flags, dict.fromkeys(flags), flags | {"special": False}):
+            assert make_json(byte_level(added=[token | more])).encode(text) == wanted
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_only_add_prefix_space_false_takes_sentencepieces_dummy_space_away(value, make_tokenizer):
+    with_space = make_tokenizer().encode("violin")
+    without = make_tokenizer().encode("violin", continuation=True)
+    assert with_space != without
+    wanted = without if value is False else with_space
+    assert make_tokenizer(add_prefix_space=value).encode("violin") == wanted
 
 
 # -----------------------------------------------------------------------------

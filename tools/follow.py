@@ -40,11 +40,11 @@ def follow(out: Path, send):
         time.sleep(0 if finished else 5)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of a run")
     parser.add_argument("--to", choices=("tensorboard", "wandb"), default="tensorboard")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     problem = None
     if find_spec(args.to) is None:
         problem = f"{args.to} is not installed: {sys.executable} -m pip install {args.to}"

@@ -178,11 +178,11 @@ def table(outs: dict[str, Path]) -> str:
     return "\n".join(lines)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="+", type=Path, help="folder of a run")
     parser.add_argument("--save", type=Path, help="SVG or PNG (default: OUT/curves.svg)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if find_spec("matplotlib") is None:
         how = f"{sys.executable} -m pip install matplotlib"
         print(f"plot.py: matplotlib is not installed: {how}", file=sys.stderr)

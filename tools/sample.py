@@ -127,7 +127,7 @@ def answer_file(
     ]
 
 
-def parse() -> argparse.Namespace:
+def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("question", nargs="?")
@@ -147,7 +147,7 @@ def parse() -> argparse.Namespace:
         "up to 4 GB of keys and values for a model of 7B); more is faster",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def talk(model, tokenizer, question: str | None, plain: bool, **options):
@@ -176,8 +176,8 @@ def read_line() -> str:
         return ""
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     try:
         dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
         args.model = model_folder(args.model)
