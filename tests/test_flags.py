@@ -318,3 +318,13 @@ def test_a_configs_overwrite_is_about_the_folder_that_it_names_itself():
     assert train.parse(["--config", str(BUILTIN)]).overwrite
     assert not train.parse(["--config", str(BUILTIN), "--out", "mine"]).overwrite
     assert train.parse(["--config", str(BUILTIN), "--out", "mine", "--overwrite"]).overwrite
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "tokens"),
+    [("cpu", None, 2048), (None, None, 2048), ("cuda:1", None, 8192), ("cuda:1", 64, 64)],
+)
+def test_a_cpu_takes_fewer_tokens_at_a_time_than_a_gpu(device, given, tokens):
+    config = train.TrainConfig(device=device, micro_batch_tokens=given)
+    config.check()
+    assert config.token_budget == tokens
