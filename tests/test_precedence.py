@@ -20,7 +20,7 @@ from formats.weights import write_safetensors
 from model import ModelConfig, Transformer
 from run.folder import read_settings, settings_before
 from tests.small import random_model, state, with_config
-from tests.tokenizer_json import byte_level
+from tests.tokenizer_json import byte_level, metaspace
 from tools.forms import convert
 
 LLAMA = {"model_type": "llama", "vocab_size": 8, "hidden_size": 16, "intermediate_size": 24}
@@ -46,6 +46,9 @@ KEYS = {  # what: (config.json, our field, its value)
     "head_dim before hidden_size / heads": (LLAMA | {"head_dim": 8}, "head_dim", 8),
     "hidden_size / heads where head_dim is null": (LLAMA | {"head_dim": None}, "head_dim", 4),
     "max_window_layers": (QWEN, "windows", [None, 7, 7]),
+    "max_window_layers, also 0, before its default": (
+        QWEN | {"max_window_layers": 0}, "windows", [7, 7, 7],
+    ),
     "layer_types before max_window_layers": (
         QWEN | {"layer_types": [S, F, F]}, "windows", [7, None, None],
     ),
@@ -117,6 +120,10 @@ IDS = {  # what: (files beside tokenizer.model, tokenizer_config.json, a text, i
     ),
     "an added token of tokenizer.json before its vocabulary": (
         {"tokenizer.json": byte_level(added=[{"content": "a", "id": 300}])}, {}, "a", [300],
+    ),
+    "prepend_scheme before add_prefix_space": (
+        {"tokenizer.json": metaspace(prepend_scheme="never", add_prefix_space=True)}, {}, "the",
+        [260, 264],
     ),
     "tokenizer.json before vocab.json": (JSON | VOCAB, {}, "<a>", [256]),
     "tokenizer.model before vocab.json": (VOCAB, {}, "<s>", [1]),

@@ -531,15 +531,17 @@ def test_another_kind_is_refused_by_name(what, make_json, tmp_path):
     assert what in text and text.endswith(" is not supported") and len(text) < 300
 
 
-@pytest.mark.parametrize("asked", [True, False, None])
-def test_add_prefix_space_of_the_config_counts_more_than_the_file(asked, make_json):
+@pytest.mark.parametrize("config", [{"add_prefix_space": x} for x in (True, False, None)] + [{}])
+def test_add_prefix_space_of_the_config_counts_more_than_the_file(config, make_json):
+    """A null is as good as nothing."""
+    asked = config.get("add_prefix_space")
     for said in (True, False):
         spec = byte_level(pre_tokenizer=LEVEL | {"add_prefix_space": said})
-        t = make_json(spec, **({} if asked is None else {"add_prefix_space": asked}))
+        t = make_json(spec, **config)
         prefix = [32] * (said if asked is None else asked)
         assert t.encode("a") == [*prefix, 97] and t.encode("a", continuation=True) == [97]
     for spec in (llama2(), metaspace()):
-        t = make_json(spec, **({} if asked is None else {"add_prefix_space": asked}))
+        t = make_json(spec, **config)
         assert t.encode("the") == ([260, 264] if asked is False else [265])
 
 
