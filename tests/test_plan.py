@@ -143,6 +143,10 @@ def test_running_out_of_memory_says_what_was_needed_and_what_helps(pairs, folder
     message = str(error.value)
     assert message.endswith("more GPUs") and "--activation" not in message
     assert "--lora-rank" not in message  # the two do not go together
+    config = train.TrainConfig(config.model, device="cuda:0", dtype="bfloat16", lora_rank=4)
+    with pytest.raises(ValueError) as error, out_of_memory_advice(config, pairs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "--lora-rank" not in str(error.value)  # it has adapters already
 
 
 @pytest.mark.parametrize(
