@@ -263,7 +263,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def twice(self, *inputs):
-        """Keeps only its inputs, and runs again in the backward pass."""
+        """As forward, but keeps only its inputs, and runs again in the backward pass."""
         return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -416,8 +416,7 @@ class Transformer(nn.Module):
         A product of an (n, a) and an (a, b) matrix is 2nab operations; the backward pass has two
         products for each of the forward pass. So it is 6 for each weight and token in the blocks,
         6VE for each prediction of the vocabulary projection (4 where the weight is frozen), and
-        12Hd for each layer and key that a query sees. Elementwise work does not count, nor does
-        what --activation-checkpointing computes again: MFU counts what is needed.
+        12Hd for each layer and key that a query sees. What is computed again does not count.
         """
         c = self.config
         parts = [m for m in (self.layers, self.project_in, self.project_out) if m is not None]

@@ -200,6 +200,15 @@ def test_flags_win_over_the_config_and_its_paths_are_relative_to_it(folder, tmp_
     assert Path(config.out).resolve() == (folder / "o").resolve()
 
 
+@pytest.mark.parametrize("name", ["model", "data", "eval_data", "chat_template", "out"])
+def test_every_path_of_a_config_is_relative_to_it_and_written_whole(name, tmp_path):
+    settings = {"model": "/m", "data": "/d", "out": "/o"} | {name: "mine"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    config = train.parse(["--config", str(tmp_path / "settings.json")])
+    assert Path(getattr(config, name)).resolve() == tmp_path / "mine"
+    assert settings_of(config).get(name) == (None if name == "out" else str(tmp_path / "mine"))
+
+
 def test_no_flag_means_the_built_in_job():
     config = train.parse([])
     assert Path(config.model).resolve() == (FACTS / "base").resolve()

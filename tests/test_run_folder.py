@@ -1,11 +1,15 @@
 """The folder of a run: who may write to it, what is replaced as a whole."""
 
+import dataclasses
+import json
 import os
 import shutil
 
 import pytest
 
-from run.folder import locked, replaced, tidy
+import train
+from run.flags import settings_of
+from run.folder import is_finished, locked, replaced, tidy
 from tests.runs import fails, file_bytes, run
 
 
@@ -126,6 +130,24 @@ def test_settings_of_an_older_version_are_read(arguments, tmp_path):
         settings.rename(settings.with_name("config.json"))
     longer = [*arguments, "--lr-schedule", "constant", "--save-every", "4", "--max-steps", "9"]
     assert run(longer, "--resume")[: len(rows) - 1] == rows[:-1]
+
+
+@pytest.mark.parametrize("longer", [{}, {"epochs": 2}, {"max_steps": 5}])
+def test_a_run_is_finished_until_it_is_to_be_longer(longer, tmp_path):
+    """By either flag; and not where the file that says so, or its model, is missing."""
+    config = train.TrainConfig("/m", "/d", out=str(tmp_path), lr_schedule="constant")
+    step = tmp_path / "checkpoints" / "step-00000003"
+    for folder in (step, tmp_path / "model"):
+        folder.mkdir(parents=True)
+    (step / "run.json").write_text(json.dumps(settings_of(config)))
+    (tmp_path / "finished").touch()
+    config = dataclasses.replace(config, **longer)
+    assert is_finished(tmp_path, config) == (not longer)
+    (tmp_path / "model").rmdir()
+    assert not is_finished(tmp_path, config)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "finished").unlink()
+    assert not is_finished(tmp_path, config)
 
 
 def test_checkpoints_of_a_run_without_rows_are_a_run(arguments, tmp_path, capsys):

@@ -108,6 +108,17 @@ def test_learning_rate_warms_up_then_decays(schedule, expected):
     assert [train.lr_at(s, 6, config) for s in range(1, 7)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "inverse_sqrt"])
+def test_without_a_warm_up_the_first_step_is_at_the_peak(schedule):
+    """inverse_sqrt then falls as after a warm-up of 10,000 steps."""
+    config = train.TrainConfig(lr=1.0, lr_schedule=schedule, warmup_steps=0)
+    rates = [train.lr_at(step, 4, config) for step in (1, 2, 3)]
+    wanted = {"constant": [1, 1, 1], "linear": [1, 0.75, 0.5]}
+    wanted["cosine"] = [1, (1 + 2**-0.5) / 2, 0.5]
+    wanted["inverse_sqrt"] = [(10_000 / (10_000 + k)) ** 0.5 for k in range(3)]
+    assert rates == pytest.approx(wanted[schedule], rel=1e-9)
+
+
 def test_two_runs_write_the_same_bytes(arguments, whole, tmp_path):
     assert steps(run(arguments)) == steps(whole.rows)
     assert weights(tmp_path / "out") == weights(whole.out)
