@@ -17,10 +17,10 @@ def compile_blocks(model: Transformer, sharded: bool = False):
     """Compiles each block, so that what lies between its products becomes a few kernels.
 
     On a GPU in bfloat16 a block that runs twice then keeps its products and its attention, and
-    computes only the rest again, which is nearly free: at 7B 84 KiB a token and block, where
-    `Block.twice` keeps 8 and no checkpointing some 130 to 150. Elsewhere attention is no part of
-    the compiled function, and the weights of a sharded block are gathered around it: there a block
-    keeps its inputs only, as without compilation.
+    computes only the rest again, which is nearly free. At 7B that is 91 KiB a token and block;
+    `Block.twice` keeps 8, and a block that runs once 131 to 153 and copies of its weights.
+    Elsewhere attention is no part of the compiled function, and the weights of a sharded block are
+    gathered around it: there a block keeps its inputs only, as without compilation.
     """
     selective = keeps_products(model, sharded)
     for i, block in enumerate(model.layers):
