@@ -36,7 +36,7 @@ from formats.weights import read_weights, write_weights
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
-LOOK_EVERY = {"cpu": 1, "cuda": 8}  # so many tokens of an answer, whether EOS is among them
+LOOK_EVERY = {"cuda": 8}  # so many tokens of an answer, whether EOS is among them; elsewhere 1
 
 
 @dataclass
@@ -467,7 +467,7 @@ class Transformer(nn.Module):
             room[rows] -= 1
             if eos_id is not None:
                 ended = ended | (tokens == eos_id)
-                if n_steps % LOOK_EVERY[device.type] == 0:  # the host waits for a GPU here
+                if n_steps % LOOK_EVERY.get(device.type, 1) == 0:  # the host waits for a GPU here
                     room[ended.tolist()] = 0
             stays = room[rows] > 0
             if not stays.all():  # who has ended leaves the batch

@@ -218,7 +218,7 @@ def _softmax_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, target: Tensor, value: float) -> Tensor:
-    """x (n, V) with a value at each row's target (n, 1); x itself is changed or not."""
+    """x (n, V) with a value at each row's target (n, 1): x itself, except where it is compiled."""
     if torch.compiler.is_compiling():  # a comparison becomes part of a kernel, a scatter does not
         return torch.where(torch.arange(x.shape[1], device=x.device) == target, value, x)
     return x.scatter_(1, target, value)
@@ -378,8 +378,8 @@ def fused_linear_orpo(
         waits for a GPU.
     groups: rows, start to stop, whose logits are kept until the gradient is known, one group after
         the other, together all rows; by default one group. Up to MAX_ROWS rows cost three matrix
-        products, more rows four. Groups that cut a pair are joined, which the host reads from
-        `response`; where `lengths` is given it reads nothing, and no pair may be cut.
+        products, more rows four. Groups that cut a pair are joined, except where `lengths` is
+        given: then the host reads nothing, and a cut pair gets a wrong gradient.
 
     Differentiable with respect to hidden and lm_head, once; without gradients it costs one matrix
     product instead of three, with a frozen lm_head two. Exact at certainty, from the logits up.

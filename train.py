@@ -87,7 +87,6 @@ from run.processes import (
 from run.saving import Run, digest, finish, load_checkpoint, save_best, save_checkpoint, stop_ids
 
 # What runs in which dtype:
-#
 #                                                --dtype float32    --dtype bfloat16
 #     trained weights, gradients, Adam's moments float32            float32
 #     frozen weights (--lora-rank)               float32            bfloat16
@@ -98,6 +97,7 @@ from run.saving import Run, digest, finish, load_checkpoint, save_best, save_che
 #     sum of lm_head's gradient over groups      float32            float32
 #
 # There is no dropout, whatever the checkpoint's config says (TRL switches it off too).
+
 # ---------------------------------------------------------------------------------------------
 # The parts of a step.
 
@@ -291,8 +291,8 @@ def loop(
     def evaluate_after(step: int):
         may_stop = functools.partial(check_stopped, stopped)
         row = evaluation(model, run.tokenizer, eval_pairs, step, config, may_stop)
+        save_best(run, row)  # before its row, by which --resume knows that all of this was done
         log.evaluation(row)
-        save_best(run, row)
 
     step, saved = start, True
     try:
@@ -405,7 +405,7 @@ def try_largest(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
         for batch in pack(plan.largest, config, share=False):
             forward(model, batch, config.lam).loss.backward()
     optimizer.zero_grad(set_to_none=True)
-    tell_peak(model.device)
+    tell_peak(model.device, plan.several)
 
 
 # ---------------------------------------------------------------------------------------------

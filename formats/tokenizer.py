@@ -394,12 +394,12 @@ class BPETokenizer(Tokenizer):
         self.anew = llama and not self.class_elsewhere and model_type not in READ_AS_THEY_ARE
         if self.anew:
             scheme = "always" if config.get("legacy") else "first"
-            step = METASPACE | {"prepend_scheme": scheme}
-            self.steps_elsewhere = {"normalizer": None, "pre_tokenizer": step}
-            normalizer, pre_tokenizer = [], [step]
+            normalizer, pre_tokenizer = [], [METASPACE | {"prepend_scheme": scheme}]
         asked = config.get("add_prefix_space")
         if asked is not None:
             normalizer, pre_tokenizer = with_prefix(asked, normalizer, pre_tokenizer)
+        if self.anew:
+            self.steps_elsewhere = {"normalizer": None, "pre_tokenizer": pre_tokenizer[0]}
         self.normalize = make_normalizer(normalizer)
         self.words = make_pre_tokenizer(pre_tokenizer)
         # Where a whole text is one word, and no merge reaches over a space, splitting in front of

@@ -19,8 +19,8 @@ def compile_blocks(model: Transformer, sharded: bool = False):
     On a GPU in bfloat16 a block that runs twice then keeps its products and its attention, and
     computes only the rest again, which is nearly free. At 7B that is 91 KiB a token and block;
     `Block.twice` keeps 8, and a block that runs once 131 to 153 and copies of its weights.
-    Elsewhere attention is no part of the compiled function, and the weights of a sharded block are
-    gathered around it: there a block keeps its inputs only, as without compilation.
+    On a CPU, in float32 and with --shard a block keeps its inputs only, as without compilation:
+    attention is no part of the compiled function there, or weights are gathered around it.
     """
     selective = keeps_products(model, sharded)
     for i, block in enumerate(model.layers):

@@ -165,6 +165,8 @@ class TrainConfig:
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"--{dashed(name)} is needed (see python train.py --help)")
+        if self.resume and self.out is None:
+            raise ValueError("--resume needs --out, the folder of the run that it continues")
         if self.eval_fraction and self.eval_data:
             raise ValueError("--eval-fraction and --eval-data do not go together: give one of them")
         if self.eval_every and not (self.eval_data or self.eval_fraction):
@@ -319,7 +321,7 @@ def make_parser(about: str) -> Parser:
             shown = shown.replace(")", f"; in TRL: {f.metadata['trl']})")
         options = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
         if f.type is bool:
-            options["action"] = "store_true"
+            options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": f.type, "choices": choices}
             kind = "PATH" if f.name in PATHS else f.type.__name__.upper()
@@ -345,6 +347,15 @@ def with_negatives(argv: list[str] | None) -> list[str]:
     return joined
 
 
+# A flag that is given by hand, and what it replaces in the file of --config beside its own value.
+REPLACED = (
+    ("out", "overwrite"),  # which is about the folder that the file names itself
+    ("epochs", "max_steps"),
+    ("eval_data", "eval_fraction"),
+    ("eval_fraction", "eval_data"),
+)
+
+
 def parse(argv: list[str] | None, about: str = "") -> TrainConfig:
     """Flags over --config over defaults. about: what --help says first. Raises ValueError,
     FileNotFoundError."""
@@ -356,8 +367,9 @@ def parse(argv: list[str] | None, about: str = "") -> TrainConfig:
         settings = read_config(Path(config_file))
     else:
         settings = settings_to_evaluate(given) if {"eval_only", "model"} <= set(given) else {}
-    if "out" in given:  # the file's `overwrite` is about the folder that it names itself
-        settings.pop("overwrite", None)
+    for flag_by_hand, of_the_file in REPLACED:
+        if flag_by_hand in given:
+            settings.pop(of_the_file, None)
     config = TrainConfig(**(settings | given))
     config.check()
     config.check_together()
@@ -378,7 +390,7 @@ def settings_to_evaluate(given: dict) -> dict:
     out = Path(os.path.abspath(given["model"])).parent
     then = read_settings(out) or {}
     own_template = (Path(given["model"]) / "chat_template.jinja").is_file()
-    if own_template or not Path(then.get("chat_template") or "").is_file():
+    if own_template or not Path(str(then.get("chat_template"))).is_file():
         then.pop("chat_template", None)  # the model's is that with which it was trained
     names = EVALUATION if set(HELD_OUT) & set(given) else (*HELD_OUT, *EVALUATION)
     taken = {name: then[name] for name in names if then.get(name) is not None}

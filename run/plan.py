@@ -195,7 +195,7 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
 
 
-def tell_peak(device):
+def tell_peak(device, several: bool):
     """Says what the largest micro-batch took. No step takes more, but for the gaps that a CPU's
     allocator leaves between buffers: up to half as much again was seen (give_back_memory)."""
     peak = peak_memory_gb(device)
@@ -203,7 +203,7 @@ def tell_peak(device):
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         text += f", of {total:.2f} GB"
-        if peak < total / 3:  # a small model computes faster than the host can ask it to
+        if several and peak < total / 3:  # a small model is faster than the host can ask it to be
             text += ": a larger --micro-batch-tokens may be faster"
     else:
         remember_peak(peak * 2**30)

@@ -91,6 +91,11 @@ def reshard(model: Transformer):
         model.reshard()
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """GPUs before Ampere (8.0), such as the T4, only emulate it, and have no Flash attention."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def pick_device(config: TrainConfig) -> torch.device:
     """Sets config.device and config.dtype where they are left open; joins torchrun's processes.
 
@@ -119,10 +124,8 @@ def pick_device(config: TrainConfig) -> torch.device:
             raise ValueError(f"--device {wanted}{which}: this machine shows {n} CUDA devices")
         device = torch.device("cuda", index)
     config.device = str(device)
-    # GPUs before Ampere (8.0), such as the T4, only emulate bfloat16, and have no Flash attention.
-    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    config.dtype = config.dtype or ("bfloat16" if has_bfloat16 else "float32")
-    if config.dtype == "bfloat16" and device.type == "cuda" and not has_bfloat16:
+    config.dtype = config.dtype or ("bfloat16" if has_bfloat16(device) else "float32")
+    if config.dtype == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
         raise ValueError(f"--dtype bfloat16: {device} is a GPU without it; use --dtype float32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32

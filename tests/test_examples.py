@@ -439,7 +439,15 @@ def test_sample_says_what_is_wrong_with_its_input(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"prompt": "?"}')
     error = run(sample, *words, "--out", tmp_path / "no" / "a", code=2)[1]
     assert f"there is no folder {tmp_path / 'no'}" in error
-    for text, problem in (("", "no questions in it"), ("{", "neither JSON nor JSON Lines")):
+    asks_nothing = "row 1 has no instruction, prompt, question or turns"
+    for text, problem in (
+        ("", "no questions in it"),
+        ("{", "neither JSON nor JSON Lines"),
+        ('{"instruction": ""}', asks_nothing),
+        ('{"turns": []}', asks_nothing),
+        ('{"prompt": 5}', "row 1: what is asked must be text"),
+        ('{"turns": ["a", null]}', "row 1: what is asked must be text"),
+    ):
         (tmp_path / "q.jsonl").write_text(text)
         assert f"q.jsonl: {problem}" in run(sample, *words, "--out", tmp_path / "a", code=2)[1]
     assert "no such file" in run(sample, tmp_path / "nowhere", "?", code=2)[1]
@@ -601,15 +609,23 @@ def test_a_run_is_followed_by(to, runs, monkeypatch):
     """Stand-ins for both packages, of which the project needs neither."""
     sent = []
     if to == "wandb":
-        made = SimpleNamespace(log=lambda numbers, step: sent.append((step, numbers["loss"])))
+        made = SimpleNamespace(
+            log=lambda numbers, step: sent.append((step, numbers["loss"])),
+            finish=lambda: sent.append("end"),
+        )
         module = SimpleNamespace(init=lambda **about: made, __spec__=1)
         monkeypatch.setitem(sys.modules, "wandb", module)
     else:
-        add = SimpleNamespace(add_scalar=lambda name, x, step: sent.append((step, x)))
+        add = SimpleNamespace(
+            add_scalar=lambda name, x, step: sent.append((step, x)),
+            close=lambda: sent.append("end"),
+        )
         module = SimpleNamespace(SummaryWriter=lambda out, flush_secs: add)
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    follow.sender(to, runs[0])(3, {"loss": 1.5})
-    assert sent == [(3, 1.5)]
+    monkeypatch.setattr(follow, "find_spec", lambda _: True)
+    monkeypatch.setattr(follow, "follow", lambda out, send: send(3, {"loss": 1.5}))
+    follow.main([str(runs[0]), "--to", to])
+    assert sent == [(3, 1.5), "end"]
 
 
 def test_a_follower_that_is_not_installed_or_has_no_run_says_so(tmp_path):

@@ -337,3 +337,36 @@ def test_a_cpu_takes_fewer_tokens_at_a_time_than_a_gpu(device, given, tokens):
     config = train.TrainConfig(device=device, micro_batch_tokens=given)
     config.check()
     assert config.token_budget == tokens
+
+
+@pytest.mark.parametrize(
+    ("file", "by_hand", "name", "value"),
+    [
+        ({"max_steps": 5}, ["--epochs", "2"], "max_steps", None),
+        ({"max_steps": 5}, ["--epochs", "2", "--max-steps", "3"], "max_steps", 3),
+        ({"eval_fraction": 0.5}, ["--eval-data", "e"], "eval_fraction", 0.0),
+        ({"eval_data": "e"}, ["--eval-fraction", "0.5"], "eval_data", None),
+        ({"compile": True}, ["--no-compile"], "compile", False),
+    ],
+    ids=str,
+)
+def test_a_flag_by_hand_wins_over_what_the_file_says_in_other_words(
+    file, by_hand, name, value, tmp_path
+):
+    (tmp_path / "c.json").write_text(json.dumps({"model": "m", "data": "d", "out": "o"} | file))
+    config = train.parse(["--config", str(tmp_path / "c.json"), *by_hand])
+    assert getattr(config, name) == value
+
+
+def test_a_run_to_resume_needs_its_folder():
+    with pytest.raises(ValueError, match="--resume needs --out"):
+        train.parse(["--model", "m", "--data", "d", "--dry-run", "--resume"])
+
+
+@pytest.mark.parametrize("template", [5, ["a"], None, "gone.jinja"])
+def test_a_template_that_a_runs_settings_do_not_name_well_is_left_out(template, tmp_path, capsys):
+    settings = {"lam": 0.5, "eval_data": "e", "chat_template": template}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    config = train.parse(["--eval-only", "--model", str(tmp_path / "model")])
+    assert (config.lam, config.chat_template) == (0.5, None)
+    assert "--lam 0.5" in capsys.readouterr().err

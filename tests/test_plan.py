@@ -263,12 +263,14 @@ def test_the_planned_time_of_compiled_blocks_has_no_more(monkeypatch):
     assert " 0:00:15 if each process does 0.2 TFLOP/s" in line
 
 
-@pytest.mark.parametrize(("size", "hint"), [(20, False), (40, True)])
-def test_a_card_with_much_room_left_is_said_to_have_it(monkeypatch, capsys, size, hint):
+@pytest.mark.parametrize(
+    ("size", "several", "hint"), [(20, True, False), (40, True, True), (40, False, False)]
+)
+def test_a_card_with_much_room_left_is_said_to_have_it(monkeypatch, capsys, size, several, hint):
     card = SimpleNamespace(total_memory=size * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 12 * 2**30)
-    tell_peak(torch.device("cuda", 0))
+    tell_peak(torch.device("cuda", 0), several)
     shown = capsys.readouterr().out
     assert f"12.00 GB at the most in a step, of {size}.00 GB" in shown
     assert ("a larger --micro-batch-tokens may be faster" in shown) == hint

@@ -150,6 +150,26 @@ def test_the_best_model_is_the_best_across_a_resume(arguments, tmp_path, monkeyp
     assert (before == after) == (step == 6)
 
 
+def test_a_best_model_that_could_not_be_written_is_written_after_the_resume(
+    arguments, tmp_path, monkeypatch
+):
+    """Killed while it is written, after the checkpoint of the same step."""
+    arguments += ["--save-every", "6", "--eval-every", "6"]
+
+    def kill(_, row):
+        if row["step"]:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_best", kill)
+        evaluates_to(patch, 5.0, 3.0)
+        run(arguments)
+    evaluates_to(monkeypatch, 3.0, 4.0)
+    run(arguments, "--resume")
+    best = json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())
+    assert (best["step"], best["eval_loss"]) == (6, 3.0)
+
+
 def test_the_best_model_of_a_run_that_starts_again_is_of_the_new_one(
     arguments, tmp_path, monkeypatch
 ):

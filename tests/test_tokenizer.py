@@ -214,11 +214,14 @@ def test_a_llama_tokenizer_follows_legacy_and_not_its_file(legacy, behind, make_
     assert t.encode("the</s>the", continuation=True) == [260, 264, 2, *behind]
 
 
+@pytest.mark.parametrize("more", [{}, {"add_prefix_space": False}, {"add_prefix_space": True}])
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("spec", [llama2(), metaspace(prepend_scheme="always", split=True)])
-def test_a_llama_tokenizer_hands_on_the_steps_that_it_follows(spec, legacy, make_json, tmp_path):
+def test_a_llama_tokenizer_hands_on_the_steps_that_it_follows(
+    spec, legacy, more, make_json, tmp_path
+):
     """For transformers 4, which takes them from the file."""
-    t = make_json(spec, tokenizer_class="LlamaTokenizer", legacy=legacy)
+    t = make_json(spec, tokenizer_class="LlamaTokenizer", legacy=legacy, **more)
     texts = ("the</s>the", " the", "a  the", "</s> the", "")
     wanted = [t.encode(text) for text in texts]
     t.save_class(tmp_path)

@@ -1,4 +1,4 @@
-"""Sends the rows of a run to TensorBoard or W&B while it goes, until the run has finished.
+"""Sends the rows of a run to TensorBoard or W&B until the run has finished, or until Ctrl-C.
 
     python -m tools.follow OUT                  for: tensorboard --logdir OUT
     python -m tools.follow OUT --to wandb
@@ -17,16 +17,21 @@ from run.folder import FINISHED, read_rows
 
 
 def sender(to: str, out: Path):
-    """A function of a step and its numbers by name."""
+    """A function of a step and its numbers by name, and one that sends what is still waiting."""
     if to == "wandb":
         import wandb
 
         run = wandb.init(name=out.name, dir=out, config=read_settings(out))
-        return lambda step, numbers: run.log(numbers, step=step)
+        return lambda step, numbers: run.log(numbers, step=step), run.finish
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(out, flush_secs=5)
-    return lambda step, numbers: [writer.add_scalar(*x, step) for x in numbers.items()]
+
+    def send(step, numbers):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return send, writer.close
 
 
 def follow(out: Path, send):
@@ -53,10 +58,13 @@ def main(argv=None):
     if problem:
         print(f"follow.py: {problem}", file=sys.stderr)
         sys.exit(2)
+    send, close = sender(args.to, args.out)
     try:
-        follow(args.out, sender(args.to, args.out))
+        follow(args.out, send)
     except KeyboardInterrupt:
         print("follow.py: stopped by Ctrl-C", file=sys.stderr)
+    finally:
+        close()
 
 
 if __name__ == "__main__":

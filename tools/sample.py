@@ -23,6 +23,7 @@ import data
 from formats.files import model_folder
 from model import Transformer
 from run.answers import answers
+from run.processes import has_bfloat16
 
 
 def complain(message):
@@ -77,21 +78,27 @@ def read_questions(path: Path) -> list[dict]:
         raise ValueError(f"{path}: neither JSON nor JSON Lines: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no questions in it")
-    keys = {"instruction", "prompt", "question", "turns"}
     for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not keys & set(row):
+        if not isinstance(row, dict) or not turns_of(row):
             raise ValueError(f"{path}: row {i} has no instruction, prompt, question or turns")
+        if not all(isinstance(turn, str) for turn in turns_of(row)):
+            raise ValueError(f"{path}: row {i}: what is asked must be text")
     return rows
+
+
+def turns_of(row: dict) -> list:
+    """What a row asks, one question or several; empty where it asks nothing."""
+    if isinstance(turns := row.get("turns"), list) and turns:
+        return turns
+    keys = ("turns", "instruction", "prompt", "question")
+    return [x for key in keys if (x := row.get(key))][:1]
 
 
 def answer_file(
     model, tokenizer, rows: list[dict], name: str, plain: bool, **options
 ) -> list[dict]:
     """Every question's answers, turn by turn, in the form that AlpacaEval or MT-Bench reads."""
-    asked = [
-        row.get("turns") or [row.get("instruction") or row.get("prompt") or row["question"]]
-        for row in rows
-    ]
+    asked = [turns_of(row) for row in rows]
     dialogues = [[] for _ in rows]
     for turn in range(max(map(len, asked))):
         active = [i for i in range(len(rows)) if turn < len(asked[i])]
@@ -179,7 +186,7 @@ def read_line() -> str:
 def main(argv=None):
     args = parse(argv)
     try:
-        dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+        dtype = torch.bfloat16 if has_bfloat16(torch.device(args.device)) else torch.float32
         args.model = model_folder(args.model)
         model = Transformer.from_pretrained(args.model, args.device, dtype)
         tokenizer = data.load_tokenizer(args.model)
@@ -188,7 +195,7 @@ def main(argv=None):
             raise ValueError("--file and --out belong together")
         if args.out and not args.out.absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a device that is not there
         complain(error)
         sys.exit(2)
     # train.py writes the authors' template into the folder of a model trained on messages with it.
