@@ -526,8 +526,8 @@ MUTANTS = [
     Mutant("--epochs loses to the file's max_steps", "run/flags.py",
            '("epochs", "max_steps"),\n    ("eval_data"', '("eval_data"', "flags"),
     Mutant("OUT/best comes after its row", "train.py",
-           "        save_best(run, row)  # before its row, by which --resume knows that all of this was "
-           "done\n        log.evaluation(row)\n",
+           "        save_best(run, row)  # before its row, by which --resume knows that all of "
+           "this was done\n        log.evaluation(row)\n",
            "        log.evaluation(row)\n        save_best(run, row)\n", "resume"),
     Mutant("n_inner is ignored", "formats/config.py",
            'values.setdefault("hidden_dim", 4 * found["n_embd"])',
