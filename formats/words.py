@@ -196,6 +196,13 @@ def pattern_of(step: dict) -> str:
     return pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
 
 
+def text_of(step: dict, key: str) -> str:
+    """A value of a step that must be text. Asked when a file is read, not at the first word."""
+    if not isinstance(step[key], str):
+        raise UnsupportedStep(f"a {step['type']} whose {key} is {step[key]!r}")
+    return step[key]
+
+
 def make_normalizer(steps: list[dict]) -> Normalizer:
     """Raises UnsupportedStep."""
     made = [_normalizer_step(step) for step in steps]
@@ -213,12 +220,14 @@ def _normalizer_step(step: dict) -> Normalizer:
         case "NFC" | "NFD" | "NFKC" | "NFKD" as form:
             return lambda text, where: unicodedata.normalize(form, text)
         case "Prepend":
-            return lambda text, where: text if where == Where.CONTINUES else step["prepend"] + text
+            mark = text_of(step, "prepend")
+            return lambda text, where: text if where == Where.CONTINUES else mark + text
         case "Replace" if "String" in step["pattern"]:
-            old, new = step["pattern"]["String"], step["content"]
+            old = text_of(step["pattern"] | {"type": "Replace"}, "String")
+            new = text_of(step, "content")
             return lambda text, where: text.replace(old, new)
         case "Replace":
-            pattern, new = python_pattern(pattern_of(step)), step["content"]
+            pattern, new = python_pattern(pattern_of(step)), text_of(step, "content")
             return lambda text, where: pattern.sub(lambda m: new, text)
         case kind:
             raise UnsupportedStep(f"a normalizer of type {kind}")
@@ -251,7 +260,7 @@ def _pre_tokenizer_step(step: dict) -> PreTokenizer:
             words = Split(GPT2_WORDS) if step.get("use_regex", True) else None
             return functools.partial(_byte_level, words, step.get("add_prefix_space", True))
         case "Metaspace":
-            mark = step["replacement"]
+            mark = text_of(step, "replacement")
             words = Split(re.escape(mark), "MergedWithNext") if step.get("split", True) else None
             return functools.partial(_metaspace, words, mark, prefix_of(step))
         case kind:
@@ -261,7 +270,10 @@ def _pre_tokenizer_step(step: dict) -> PreTokenizer:
 def prefix_of(step: dict) -> str:
     """Where a Metaspace step puts the mark in front: "always", "first" or "never"."""
     old = {True: "always", False: "never"}[step.get("add_prefix_space", True)]
-    return step.get("prepend_scheme", old)
+    scheme = step.get("prepend_scheme", old)
+    if scheme not in ("always", "first", "never"):
+        raise UnsupportedStep(f"a Metaspace whose prepend_scheme is {scheme!r}")
+    return scheme
 
 
 def _byte_level(words: Split | None, adds: bool, text: str, where: Where) -> list[str]:

@@ -823,3 +823,26 @@ def test_merges_of_the_number_sign_are_no_comments(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n# #\n")
     assert load_tokenizer(tmp_path).encode("##") == [vocab["##"]]
+
+
+@pytest.mark.parametrize(
+    ("part", "steps", "words"),
+    [
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": 0}, "Metaspace whose replacement"),
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "last"},
+         "Metaspace whose prepend_scheme is 'last'"),
+        ("normalizer", {"type": "Prepend", "prepend": 1}, "Prepend whose prepend is 1"),
+        ("normalizer", {"type": "Replace", "pattern": {"String": " "}, "content": None},
+         "Replace whose content is None"),
+        ("normalizer", {"type": "Replace", "pattern": {"String": 2}, "content": "a"},
+         "Replace whose String is 2"),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "b"}, "content": []},
+         r"Replace whose content is \[\]"),
+    ],
+)  # fmt: skip
+def test_a_step_whose_value_is_no_text_is_refused_as_the_file_is_read(
+    part, steps, words, make_json
+):
+    """Not by a TypeError at the first text."""
+    with pytest.raises(ValueError, match=words):
+        make_json(metaspace() | {part: steps})
