@@ -36,7 +36,7 @@ from formats.weights import read_weights, write_weights
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
-LOOK_EVERY = {"cuda": 8}  # so many tokens of an answer, whether EOS is among them; elsewhere 1
+LOOK_EVERY = {"cuda": 8}  # tokens between two looks for EOS, as the host then waits; else 1
 
 
 @dataclass

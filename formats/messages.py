@@ -148,6 +148,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def content_of(content) -> str | None:
+    """A message's content as one text, its parts joined. Raises ValueError where it has others."""
     if isinstance(content, list):
         for part in content:
             part = part if isinstance(part, dict) else {"type": type(part).__name__}
