@@ -91,6 +91,16 @@ FORMS = {  # what: (the row, the row as written)
         | {"score_0": -0.5, "score_1": 0.5},
         GARDA,
     ),
+    "AlpacaEval, weighted": (
+        {"instruction": "Name a lake.", "output_1": "No.", "output_2": "Garda."}
+        | {"preference": 1.83, "generator_1": "x", "raw_completion": {"text": "M"}},
+        GARDA,
+    ),
+    "AlpacaFarm, with an input": (
+        {"instruction": "Name a lake.", "input": "In Italy.", "output_1": "Garda."}
+        | {"output_2": "No.", "preference": 1},
+        GARDA | {"prompt": messages("u:Name a lake.\n\nIn Italy.")},
+    ),
     "MT-Bench, first turn": (
         {
             "conversation_a": ASKED + GARDA["rejected"] + messages("u:More.", "a:x"),
@@ -227,6 +237,8 @@ OTHER_WAY_ROUND = {  # what makes the other answer the better one
     "HelpSteer2": {"preference_strength": -2},
     "HelpSteer3": {"overall_preference": 1},
     "WebGPT": {"score_1": -1.5},
+    "AlpacaEval, weighted": {"preference": 1.00001},
+    "AlpacaFarm, with an input": {"preference": 2},
     "MT-Bench, first turn": {"winner": "model_a"},
     "MT-Bench, behind a system message": {"winner": "model_b"},
     "TL;DR": {"choice": 0},
@@ -258,6 +270,7 @@ TIES = {
     "HelpSteer2": {"preference_strength": 0},
     "HelpSteer3": {"overall_preference": 0},
     "WebGPT": {"score_1": -0.5},
+    "AlpacaEval, weighted": {"preference": 1.5},
     "MT-Bench, first turn": {"winner": "tie"},
     "Nectar": {"answers": [{"answer": x, "rank": 1} for x in TWO]},
 }
@@ -289,6 +302,7 @@ def test_a_tie_is_no_pair(what):
         ({"prompt": "q", "answers": [{"answer": "a"}] * 2}, "fewer than two answers with a rating"),
         (FORMS["Nectar"][0] | {"answers": rated("answer", "rank", 1, "x", 3)}, "a rating is not a"),
         (FORMS["HelpSteer2"][0] | {"preference_strength": float("nan")}, "a rating is not a numbe"),
+        (FORMS["AlpacaEval, weighted"][0] | {"preference": -1}, "the preference must be from 1"),
         (FORMS["SHP"][0] | {"labels": 2}, "the better answer must be 0 or 1, not 2"),
         (FORMS["PKU-SafeRLHF"][0] | {"better_response_id": -1}, "the better answer must be 0 or"),
         (FORMS["MT-Bench, first turn"][0] | {"turn": 1e400}, "a rating is not a number but inf"),

@@ -306,6 +306,14 @@ def alpaca_outputs(row: dict) -> dict:
     return {"instruction": row["instruction"], **of_two(*row["output"], -1)}
 
 
+def alpaca_verdict(row: dict) -> dict:
+    """1 is the first answer, 2 the second; a judge's weighted verdict lies between them."""
+    if not 1 <= number(row["preference"]) <= 2:
+        raise ValueError(f"the preference must be from 1 to 2, not {row['preference']!r:.40}")
+    verdict = of_two(row["output_1"], row["output_2"], number(row["preference"]) - 1.5)
+    return {"instruction": row["instruction"]} | verdict
+
+
 def pku(row: dict) -> dict:
     answers, better = (row["response_0"], row["response_1"]), index(row["better_response_id"])
     return {"question": row["prompt"]} | of_two(*answers, 2 * better - 1)
@@ -348,6 +356,10 @@ READERS = {
     "score_0 and score_1 (WebGPT)": (
         {"question", "answer_0", "answer_1", "score_0", "score_1"},
         webgpt,
+    ),
+    "output_1, output_2 and preference (AlpacaFarm, AlpacaEval)": (
+        {"instruction", "output_1", "output_2", "preference"},
+        alpaca_verdict,
     ),
     "answers by rank, best and worst (Nectar)": (
         {"prompt", "answers"},
