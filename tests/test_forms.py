@@ -391,6 +391,30 @@ def test_the_user_names_the_column_that_asks(tmp_path):
     assert got.prompt == ASKED
 
 
+@pytest.mark.parametrize(
+    ("row", "flags", "ignored"),
+    [
+        ({"good": "Garda.", "bad": "No."}, ("--chosen", "good", "--rejected", "bad"), None),
+        ({"good": "Garda.", "rejected": "No."}, ("--chosen", "good"), None),
+        (
+            {"chosen": "No.", "rejected": "Garda."},
+            ("--chosen", "rejected", "--rejected", "chosen"),
+            None,
+        ),
+        ({"chosen": "x y", "good": "Garda.", "rejected": "No."}, ("--chosen", "good"), "chosen"),
+        ({"good": messages("a:Garda."), "rejected": messages("a:No.")}, ("--chosen", "good"), None),
+    ],
+)
+def test_the_user_names_the_columns_of_the_answers(row, flags, ignored, tmp_path):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    file.write_text(json.dumps({"question": "Name a lake."} | row) + '\n{"question": "a b"}')
+    printed = prepared(file, "--out", out, *flags)
+    assert json.loads(out.read_text()) == GARDA
+    name = flags[1]
+    assert f"dropped: 1 --chosen names the column {name}, and the row has none" in printed
+    assert (f"ignored columns: {ignored} (1 rows)" in printed) == bool(ignored)
+
+
 SCORES = [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")]
 SCORES += [("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected")]
 SCORES += [("chosen_rating", "rejected_rating"), ("chosen_avg_rating", "rejected_avg_rating")]

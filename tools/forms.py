@@ -29,14 +29,21 @@ SCORES = (
 )
 
 
-def convert(row, where: str, column: str | None = None) -> tuple[Preference, str]:
+def convert(
+    row, where: str, column: str | None = None, answers: dict[str, str] | None = None
+) -> tuple[Preference, str]:
     """A row of any form as train.py's, and what was made of it, in words. column: the one that
-    asks, where the user names it. Raises ValueError with the reason why there is none."""
+    asks, where the user names it; answers: those of chosen and rejected, where the user names them.
+    Raises ValueError with the reason why there is none."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
     row, form = {key: value for key, value in row.items() if value is not None}, ""
+    if answers:
+        found, form = convert(with_answers(row, answers), where, column)
+        replaced = tuple(key for key in answers if key in row and key not in answers.values())
+        return found._replace(ignored=(*replaced, *found.ignored)), form
     if column and not row.get(column):
         has = "is empty" if column in row else "the row has none"
         raise ValueError(f"--prompt names the column {column}, and {has}")
@@ -67,6 +74,16 @@ def convert(row, where: str, column: str | None = None) -> tuple[Preference, str
         found, used = with_earlier(found, row)
         form += f", after {' and '.join(used)}" if used else ""
     return found, form
+
+
+def with_answers(row: dict, names: dict[str, str]) -> dict:
+    """The row with the columns that the user names as chosen and rejected."""
+    if missing := [(key, name) for key, name in names.items() if not row.get(name)]:
+        key, name = missing[0]
+        has = "is empty" if name in row else "the row has none"
+        raise ValueError(f"--{key} names the column {name}, and {has}")
+    rest = {key: row[key] for key in row if key not in (*names, *names.values())}
+    return rest | {key: row[name] for key, name in names.items()}
 
 
 def asked_of(row: Preference):

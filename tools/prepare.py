@@ -1,6 +1,7 @@
 """Turns published preference data into the JSON Lines that train.py reads.
 
-    python -m tools.prepare IN [IN ...] --out PAIRS.jsonl [--prompt COLUMN] [--split NAME]
+    python -m tools.prepare IN [IN ...] --out PAIRS.jsonl [--split NAME]
+        [--prompt COLUMN] [--chosen COLUMN] [--rejected COLUMN]
 
 IN is parquet or arrow (both need pyarrow), a JSON array, or JSON Lines, each also gzipped (.gz), or
 a folder as `hf download` or `save_to_disk` leaves it, of which the split "train" is taken. A row is
@@ -142,16 +143,26 @@ def main(argv=None):
     parser.add_argument("--out", required=True, type=Path, metavar="PAIRS.jsonl")
     about = "the column that asks; chosen: both answers begin with the question"
     parser.add_argument("--prompt", metavar="COLUMN", help=about)
+    parser.add_argument("--chosen", metavar="COLUMN", help="the column of the better answer")
+    parser.add_argument("--rejected", metavar="COLUMN", help="the column of the worse answer")
     parser.add_argument("--split", help='of a folder (default: "train", or the only one)')
     args = parser.parse_args(argv)
     try:
-        prepare(args.inputs, args.out, args.split, args.prompt)
+        answers = {"chosen": args.chosen, "rejected": args.rejected}
+        answers = {key: name for key, name in answers.items() if name}
+        prepare(args.inputs, args.out, args.split, args.prompt, answers)
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def prepare(inputs: list[Path], out: Path, split: str | None, column: str | None = None):
+def prepare(
+    inputs: list[Path],
+    out: Path,
+    split: str | None,
+    column: str | None = None,
+    answers: dict[str, str] | None = None,
+):
     """Writes `out`, which may be one of the inputs and stays as it is where there is an error.
     Raises OSError and ValueError with the name of a file."""
     files = [file for path in inputs for file in files_of(path, split)]
@@ -164,7 +175,7 @@ def prepare(inputs: list[Path], out: Path, split: str | None, column: str | None
             for where, row in ((f"{file}:{i}", row) for file in files for i, row in read(file)):
                 n += 1
                 try:
-                    found, form = convert(row, where, column)
+                    found, form = convert(row, where, column, answers)
                     f.write(line_of(found))
                 except ValueError as error:
                     dropped.add(f"{error!s:.250}", where)

@@ -191,6 +191,8 @@ def main(argv=None):
         model = Transformer.from_pretrained(args.model, args.device, dtype)
         tokenizer = data.load_tokenizer(args.model)
         rows = read_questions(args.file) if args.file else []
+        if args.file and args.question is not None:
+            raise ValueError("a question and --file: give one of the two")
         if bool(args.file) != bool(args.out):
             raise ValueError("--file and --out belong together")
         if args.out and not args.out.absolute().parent.is_dir():
