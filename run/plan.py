@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import shutil
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +77,7 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
     n_pairs = sum(map(len, steps)) * n_steps / n_looked_at
     n_flops = step_flops(model, pairs, c) * n_pairs / len(pairs)
     tell("time", time_line(model, n_flops, c))
+    tell_slow_bfloat16(c)
     tell("memory", memory_line(model, c))
     tell("disk", disk_line(model, n_steps, c))
     print("the first pair, as trained on:")
@@ -121,8 +123,9 @@ def tell_overlap(pairs: list[Pair], eval_pairs: list[Pair]):
 # Dense bfloat16 operations a second by the makers' data sheets, in 1e12; the first name that fits.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
 PEAK_TFLOPS |= {"RTX 4090": 165, "RTX 3090": 71}  # by the white papers of their chips
-# What two cores of a server do in a training step, roughly: with 1 and with 135 million parameters.
-CPU_TFLOPS = {"small": 0.05, "large": 0.2}
+# The share of its products that a training step reaches on a CPU, roughly: with 1 and with 135
+# million parameters.
+CPU_SHARE = {"small": 0.25, "large": 0.5}
 
 
 def peak_flops(device, config: TrainConfig) -> float | None:
@@ -133,6 +136,29 @@ def peak_flops(device, config: TrainConfig) -> float | None:
     return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of matrix products on this CPU, measured in some milliseconds: the best
+    of a few on one core, times the cores, as others may be using the machine."""
+    x, weight, seconds = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(n_threads)
+    return 2 * x.numel() * len(weight) / min(seconds) * n_threads
+
+
+def tell_slow_bfloat16(config: TrainConfig):
+    """A CPU without instructions for bfloat16 (AVX2 only) computes it by a loop on one core."""
+    if config.device == "cpu" and config.dtype == "bfloat16":
+        slower = product_rate(torch.float32) / product_rate(torch.bfloat16)
+        if slower > 1.2:
+            text = f"products in bfloat16 take {slower:.1f} times as long as in float32 on this CPU"
+            tell("", f"warning: {text}: use --dtype float32")
+
+
 def step_flops(model: Transformer, pairs: list[Pair], config: TrainConfig) -> int:
     """Operations that training on these pairs once needs."""
     lengths = [pair.lengths for pair in pairs]
@@ -141,12 +167,12 @@ def step_flops(model: Transformer, pairs: list[Pair], config: TrainConfig) -> in
 
 
 def time_line(model: Transformer, n_flops: float, config: TrainConfig) -> str:
-    """The time of n_flops at a rate that is stated, not measured."""
+    """The time of n_flops at a rate that is stated: by a GPU's data sheet, by a CPU's products."""
     peak = peak_flops(model.device, config)
     if peak is None and model.device.type == "cuda":
         return f"{n_flops:.2g} operations; after 3 steps the log has the measured time"
     size = "small" if count_parameters(model)[1] < 5e7 else "large"
-    rate = 0.4 * peak if peak else 1e12 * CPU_TFLOPS[size]
+    rate = 0.4 * peak if peak else CPU_SHARE[size] * product_rate(getattr(torch, config.dtype))
     share = min(model.checkpointed_blocks, model.config.n_layers) / model.config.n_layers
     if config.compile and keeps_products(model, config.shard):
         share = 0
@@ -217,7 +243,9 @@ def out_of_memory_advice(config: TrainConfig, pairs: list[Pair] = ()):
     helps. pairs: the micro-batch that ran; without them the model itself did not fit."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; a CPU has no own kind
+        if not isinstance(error, torch.OutOfMemoryError) and "CPUAllocator" not in str(error):
+            raise
         raise ValueError(advice_on_memory(config, pairs)) from None
 
 
@@ -228,8 +256,11 @@ def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
     fixed = gigabytes(fixed_memory(*count_parameters(model), config))
-    total = gigabytes(torch.cuda.get_device_properties(config.device).total_memory)
-    batch, ways = "", []
+    if config.device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(config.device).total_memory
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    has, batch, ways = gigabytes(total), "", []
     if pairs:
         batch = f" and a micro-batch of {sum(pair.n_tokens for pair in pairs)} tokens"
         ways = ["a lower --micro-batch-tokens or --max-length"]
@@ -238,7 +269,7 @@ def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
         ways += ["more GPUs"] if config.shard else ["--shard over more GPUs", "--lora-rank 16"]
     return (
         f"out of memory: {fixed} for weights, gradients and Adam's moments{batch} do not fit the "
-        f"{total} of {config.device}; what helps: {', '.join(ways or ['a smaller model'])}"
+        f"{has} of {config.device}; what helps: {', '.join(ways or ['a smaller model'])}"
     )
 
 

@@ -20,10 +20,12 @@ from run.plan import (
     make_plan,
     out_of_memory_advice,
     peak_memory_gb,
+    product_rate,
     step_flops,
     tell_model,
     tell_overlap,
     tell_peak,
+    tell_slow_bfloat16,
     time_line,
 )
 from tests.forked import call
@@ -152,6 +154,16 @@ def test_running_out_of_memory_says_what_was_needed_and_what_helps(pairs, folder
     assert ("smaller model" in message) != bool(pairs)
 
 
+def test_running_out_of_memory_on_a_cpu_says_the_same_and_other_errors_pass(folder):
+    """The allocator's own error, for a tensor of 2^60 bytes."""
+    config = train.TrainConfig(str(folder / "model"), device="cpu")
+    said = pytest.raises(ValueError, match=r"out of memory: .* GB of cpu; what helps: ")
+    with said, out_of_memory_advice(config):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="size of tensor"), out_of_memory_advice(config):
+        torch.ones(2) + torch.ones(3)
+
+
 @pytest.mark.parametrize(
     ("n_steps", "save_every", "keep", "expected"),
     [(100, 0, 2, 0), (100, 500, 2, 1), (501, 500, 2, 2), (9000, 500, 2, 3), (9000, 500, 1, 2)],
@@ -194,8 +206,36 @@ def test_the_memory_of_a_process_is_in_gigabytes():
     assert peak_memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rate_of_products_is_in_operations_a_second(monkeypatch, dtype):
+    """By a clock on which the fifth product takes a quarter of a second and the others half."""
+    ticks = iter([0, 0.5] * 4 + [1, 1.25] + [0, 0.5] * 3)
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    n_threads = torch.get_num_threads()
+    assert product_rate(dtype) == 2 * 256 * 512 * 512 / 0.25 * n_threads
+    assert torch.get_num_threads() == n_threads
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rate", "words"),
+    [
+        ("cpu", "bfloat16", 1e10, "warning: products in bfloat16 take 5.0 times as long as in flo"),
+        ("cpu", "bfloat16", 9e10, None),
+        ("cpu", "float32", 1e10, None),
+        ("cuda", "bfloat16", 1e10, None),
+    ],
+)
+def test_slow_bfloat16_is_warned_of(monkeypatch, capsys, device, dtype, rate, words):
+    rates = {torch.float32: 5e10, torch.bfloat16: rate}
+    monkeypatch.setattr("run.plan.product_rate", rates.get)
+    tell_slow_bfloat16(train.TrainConfig(device=device, dtype=dtype))
+    printed = capsys.readouterr().out
+    assert words in printed if words else not printed
+
+
 def test_the_planned_time_has_a_third_more_where_all_blocks_are_computed_twice(monkeypatch):
     """1e12 operations at 0.05 TFLOP/s are 20 s, and 5 s over four processes."""
+    monkeypatch.setattr("run.plan.product_rate", lambda dtype: 2e11)
     model, config = Transformer(ModelConfig(100, 16, 4, 2, 24)), train.TrainConfig(dtype="float32")
     for blocks, seconds in ((0, "0:01:00"), (2, "0:01:10"), (4, "0:01:20")):
         model.checkpointed_blocks = blocks
@@ -252,6 +292,7 @@ def test_the_disk_counts_as_free_what_the_run_has_already(used, tmp_path, monkey
 
 def test_the_planned_time_of_compiled_blocks_has_no_more(monkeypatch):
     """Where they keep their products; and a model of 100 million parameters is served faster."""
+    monkeypatch.setattr("run.plan.product_rate", lambda dtype: 2e11)
     model = Transformer(ModelConfig(100, 16, 4, 2, 24))
     config, model.checkpointed_blocks = train.TrainConfig(dtype="float32", compile=True), 4
     assert " 0:01:20 if" in time_line(model, 3e12, config)
@@ -260,7 +301,7 @@ def test_the_planned_time_of_compiled_blocks_has_no_more(monkeypatch):
     with torch.device("meta"):
         model = Transformer(ModelConfig(32000, 768, 12, 12, 2048))
     line = time_line(model, 3e12, config)
-    assert " 0:00:15 if each process does 0.2 TFLOP/s" in line
+    assert " 0:00:30 if each process does 0.1 TFLOP/s" in line
 
 
 @pytest.mark.parametrize(
