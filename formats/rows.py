@@ -31,6 +31,7 @@ class Preference(NamedTuple):
     guessed: bool = False  # no key held the prompt: it is how both answers begin
     repeated: bool = False  # both answers began with the prompt, which is taken away from them
     tools: list | None = None  # for the chat template
+    key: str = "prompt"  # which of PROMPTS held it
 
     @property
     def file(self) -> str:
@@ -95,7 +96,7 @@ def preference(row, where: str) -> Preference:
         if not isinstance(value, str | list) and (value is not None or key != name):
             raise ValueError(f"{key} must be text or a list of messages, not {value!r:.30}")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        return _of_strings(row, prompt, chosen, rejected, accept, where)
+        return _of_strings(row, prompt, chosen, rejected, accept, where)._replace(key=name)
 
     for key, value in (("chosen", chosen), ("rejected", rejected)):
         if not value or isinstance(value, str):
@@ -257,6 +258,10 @@ def warnings_of(rows: list[Preference]) -> list[str]:
     if repeated := [row for row in rows if row.repeated]:
         text = f"{len(repeated)} of {len(rows)} rows repeat the prompt in both answers"
         warnings.append(f"{text} (first: {repeated[0].where}); it is taken away from them")
+    if plain := [row for row in rows if row.key != "prompt" and isinstance(row.prompt, str)]:
+        text = f"{len(plain)} of {len(rows)} prompts are text under {plain[0].key!r}, as at"
+        text = f"{text} {plain[0].where}: used without a chat template"
+        warnings.append(f"{text} (tools/prepare.py makes messages of them)")
     if odd := [row for row in rows if any(map(_looks_odd, (row.chosen, row.rejected)))]:
         text = f"warning: {len(odd)} of {len(rows)} rows have answers that look like messages in"
         warnings.append(f"{text} JSON, and are trained on as text (first: {odd[0].where})")

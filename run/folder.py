@@ -117,8 +117,10 @@ def checkpoints(out: Path) -> list[Path]:
 
 def way_on(out) -> str:
     """What to do after a run that failed or was stopped. out: None where it writes no folder."""
-    saved = out is not None and checkpoints(Path(out))
-    return "continue with --resume" if saved else "start again, as there is no checkpoint"
+    if out is not None and checkpoints(Path(out)):
+        return "continue with --resume"
+    rows = out is not None and holds_run(Path(out))  # which a new run replaces only when told to
+    return f"start again{' with --overwrite' if rows else ''}, as there is no checkpoint"
 
 
 def not_ours(out: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -367,4 +368,4 @@ def test_a_process_that_loses_another_says_so_in_a_sentence(folder, tmp_path, mo
     assert processes[0].poll() == 1
     (line,) = [line for line in errors.splitlines() if "step/s" not in line]
     assert line.startswith("train.py, process 0: another process of this job has failed or was")
-    assert line.endswith("; start again, as there is no checkpoint")
+    assert re.search(r"; start again( with --overwrite)?, as there is no checkpoint$", line)

@@ -436,6 +436,9 @@ def test_sample_says_what_is_wrong_with_its_input(tmp_path):
     words = BASE, "--file", tmp_path / "q.jsonl"
     assert "q.jsonl: row 1" in run(sample, *words, "--out", tmp_path / "a", code=2)[1]
     assert "--file and --out belong together" in run(sample, BASE, "--out", "x", code=2)[1]
+    (tmp_path / "q.json").write_text('[{"instruction": "Who?"}]')
+    both = ("What?", "--file", tmp_path / "q.json", "--out", tmp_path / "x")
+    assert "a question and --file: give one of the two" in run(sample, BASE, *both, code=2)[1]
     (tmp_path / "q.jsonl").write_text('{"prompt": "?"}')
     error = run(sample, *words, "--out", tmp_path / "no" / "a", code=2)[1]
     assert f"there is no folder {tmp_path / 'no'}" in error
