@@ -22,7 +22,7 @@ from data import (
     split_by_tokens,
 )
 from formats.chat_template import left_out
-from formats.rows import Preference, load_preferences
+from formats.rows import Preference, load_preferences, warnings_of
 from formats.tokenizer import load_tokenizer
 from run.processes import pick_device
 from tests.forked import Forked, call
@@ -102,6 +102,8 @@ def test_other_names_of_the_prompt(name, prompt, tmp_path):
     row = {name: prompt, "chosen": yes, "rejected": no}
     (got,) = load_preferences(write_rows(tmp_path / "rows.jsonl", row))
     assert (got.prompt, got.chosen, got.rejected) == (prompt, yes, no)
+    said = f"1 of 1 prompts are text under {name!r}, as at {got.where}: used without a chat templ"
+    assert any(said in line for line in warnings_of([got])) == isinstance(prompt, str)
 
 
 @pytest.mark.parametrize(
@@ -617,6 +619,13 @@ def test_a_text_within_another_message_is_not_taken_for_its_own():
     asked = [user("Lima is where?"), user("Lima")]
     assert left_out(asked, "<Lima is where?>") == ["content of user messages"]
     assert left_out(asked, "<Lima is where?><Lima>") == []
+
+
+def test_what_is_said_twice_is_written_twice():
+    asked = [user("Yes."), YES, user("Yes.")]
+    said = f"<Yes.>{YES['content']}<Yes.>"
+    assert left_out(asked, said) == []
+    assert left_out(asked, said[len("<Yes.>") :]) == ["content of user messages"]
 
 
 def test_a_prompt_of_which_nothing_is_written_is_dropped(make_tokenizer):

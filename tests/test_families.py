@@ -74,6 +74,22 @@ def test_buffers_of_old_gpt2_checkpoints_are_passed_over(tmp_path):
     torch.testing.assert_close(got, golden_logits("gpt2"), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize(
+    "name", sorted(GOLDEN.keys() - {"phi"})
+)  # whose head has a bias, and is not tied
+def test_a_head_that_config_json_ties_and_that_is_another_is_refused(name, tmp_path):
+    """Whatever the family calls its embedding."""
+    (tmp_path / "as it is").mkdir()
+    (tmp_path / "tied").mkdir()
+    model = Transformer.from_pretrained(write_family(name, tmp_path / "as it is"))
+    head = torch.randn(model.lm_head_weight.shape)  # some of these models have one already
+    more = {"lm_head.weight": head} if model.config.tie_embeddings else {}
+    folder = write_family(name, tmp_path / "tied", **more)
+    with_config(folder, tie_word_embeddings=True)
+    message = complaint(Transformer.from_pretrained, folder)
+    assert message.startswith("config.json ties lm_head to the embedding, and the weights hold an")
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_loss_of_packed_pairs_is_that_of_the_models_logits(name, tmp_path):
     """With windows, learned positions and a bias of lm_head; float32 weights of tokens."""

@@ -168,6 +168,12 @@ def test_sampling_follows_the_temperature(temperature):
     assert_frequencies(temperature, {}, wanted / wanted.sum())
 
 
+def test_top_p_counts_the_mass_at_the_temperature():
+    """At 1/2 the likeliest has 0.68, at 1 it has 0.5, so 0.65 asks for one token or for two."""
+    assert_frequencies(0.5, {"top_p": 0.65}, torch.tensor([0.0, 1, 0, 0]))
+    assert_frequencies(1.0, {"top_p": 0.65}, torch.tensor([0, 0.5, 0, 0.3]) / 0.8)
+
+
 def assert_frequencies(temperature, options, wanted):
     """20,000 draws: a frequency's standard deviation is at most 0.0036, so 0.018 is five."""
     logits = (PROBS.log() + 7).expand(20_000, 4)

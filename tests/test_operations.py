@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import orpo
 import train
 from attention import _pad_segments
 from run.plan import step_flops
@@ -37,11 +38,12 @@ def test_a_step_does_the_operations_that_the_formula_counts(
     assert products.operations == needed - attention + again
 
 
-def test_attention_counts_the_keys_that_a_query_sees():
+@pytest.mark.parametrize("head_dim", [8, 12])  # of four heads, in a model of width 32
+def test_attention_counts_the_keys_that_a_query_sees(head_dim):
     pairs = some_pairs(5, seed=2)
     lengths = [pair.lengths for pair in pairs]
     for windows in ([None, None], [4, None], [4, 7]):
-        model = tiny(windows=windows)
+        model = tiny(windows=windows, head_dim=head_dim)
         segments = packed(lengths)
         keys = 0
         for window in windows:
@@ -50,7 +52,7 @@ def test_attention_counts_the_keys_that_a_query_sees():
             keys += int(seen[padded.q_rows].sum())
         counted = model.training_flops(lengths, 0)
         weights = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
-        assert counted - 6 * weights * sum(map(sum, lengths)) == 12 * 32 * keys
+        assert counted - 6 * weights * sum(map(sum, lengths)) == 12 * 4 * head_dim * keys
 
 
 @pytest.mark.parametrize("sft_loss", ["response", "full"])
@@ -147,6 +149,23 @@ def test_bfloat16_gradients_of_micro_batches_add_up_in_float32():
     assert {p.dtype for p in model.parameters()} == {got.dtype} == {torch.float32}
     assert (got - wanted).norm() < 1e-6 * wanted.norm()  # in bfloat16: 2e-3
     assert (got.bfloat16() - wanted).norm() > 1e-4 * wanted.norm()
+
+
+def test_lm_heads_gradient_has_the_digits_of_its_weight():
+    """A float32 weight beside hidden states in bfloat16: the groups' products add up unrounded."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(24, 16, generator=rng).bfloat16()
+    weight = torch.randn(50, 16, generator=rng, requires_grad=True)
+    targets, response = (
+        torch.randint(50, (24,), generator=rng),
+        torch.arange(4).repeat_interleave(6),
+    )
+    groups = [(0, 12), (12, 24)]
+    orpo.fused_linear_orpo(
+        hidden, weight, targets, response, torch.full((24,), 1 / 24), 0.1, 2, groups=groups
+    ).loss.backward()
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad.bfloat16() - weight.grad).norm() > 1e-4 * weight.grad.norm()
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])

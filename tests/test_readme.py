@@ -90,6 +90,58 @@ def test_the_lines_for_ones_own_loop_compute_the_loss():
     assert any(grad.abs().max() > 1e-3 for grad in found)
 
 
+def test_the_lines_for_any_framework_let_ours_pass_and_find_a_wrong_sign(monkeypatch):
+    """The block that needs numpy only: ours is right in all cases, a plain formula in the ordinary
+    ones, and a changed sign or a missing lam in none."""
+    (code,) = (b for b in blocks(TEXTS["conformance.md"], "python") if "def check_logits" in b)
+    monkeypatch.chdir(ROOT / "tests" / "golden")
+    exec(code, names := {})
+    check_pairs, check_logits = names["check_pairs"], names["check_logits"]
+
+    def pairs(l_or):
+        def with_gradient(*logps):
+            logps = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in logps]
+            value = l_or(*logps)
+            return value.detach(), *(x.numpy() for x in torch.autograd.grad(value, logps))
+
+        return with_gradient
+
+    def logits(wrong=1):
+        def with_gradient(chosen, rejected, lam):
+            sides = [{k: torch.tensor(v) for k, v in side.items()} for side in (chosen, rejected)]
+            given = [side["logits"].requires_grad_() for side in sides]
+            tokens = [
+                torch.log_softmax(x, -1).gather(-1, side["targets"][..., None])[..., 0]
+                for x, side in zip(given, sides, strict=True)
+            ]
+            masks = [side["response_mask"] for side in sides]
+            means = [(t * m).sum(-1) / m.sum(-1) for t, m in zip(tokens, masks, strict=True)]
+            nll = -(tokens[0] * sides[0]["nll_weight"]).sum()
+            value = nll + wrong * lam * plain(*means).mean()
+            return value.detach(), *(x.numpy() for x in torch.autograd.grad(value, given))
+
+        return with_gradient
+
+    def plain(chosen, rejected):
+        log_odds = [x - torch.log1p(-x.exp()) for x in (chosen, rejected)]
+        return -torch.nn.functional.logsigmoid(log_odds[0] - log_odds[1])
+
+    def ours(chosen, rejected):
+        return orpo.odds_ratio_loss(chosen[None], rejected[None])[0]
+
+    check_pairs(pairs(ours), kinds=("ordinary", "edge"))
+    check_pairs(pairs(plain))
+    check_logits(logits())
+    for check, implementation in (
+        (lambda f: check_pairs(f, kinds=("edge",)), pairs(plain)),
+        (check_pairs, pairs(lambda c, r: plain(r, c))),
+        (check_logits, logits(wrong=-1)),
+        (check_logits, logits(wrong=1.001)),
+    ):
+        with pytest.raises(AssertionError):
+            check(implementation)
+
+
 TRAINING = [
     (name, line.partition("train.py")[2])
     for name, text in TEXTS.items()

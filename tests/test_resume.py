@@ -60,7 +60,9 @@ train.main(arguments)
 
 
 def interrupted(target: str, n: int, number: int, arguments: list[str], times: int = 1):
-    process = Forked("-c", DRIVER, target, n, int(number), times, *arguments)
+    # Under nohup the tests would hand on a hang-up that is ignored.
+    default = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n{DRIVER}"
+    process = Forked("-c", default, target, n, int(number), times, *arguments)
     out, error = process.communicate()
     return subprocess.CompletedProcess([], process.poll(), out, error)
 
@@ -410,11 +412,12 @@ def test_a_run_is_not_cut_short_behind_its_last_checkpoint(arguments, tmp_path, 
     assert "step-00000003 is after the last of 2 steps" in message
 
 
-def test_other_pairs_under_the_same_name_are_refused(arguments, folder, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_other_pairs_under_the_same_name_are_refused(arguments, folder, tmp_path, capsys, flag):
     rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(rows), encoding="utf-8")
-    arguments += ["--data", str(file), "--max-steps", "2"]
+    arguments += [flag, str(file), "--max-steps", "2"]
     run(arguments)
     (tmp_path / "out" / "finished").unlink()
     before = contents(tmp_path / "out")
@@ -513,7 +516,7 @@ def test_a_full_disk_leaves_the_best_model_as_it_was_and_says_so(
     monkeypatch.setattr("formats.weights.write_safetensors", limited)
     evaluates_to(monkeypatch, 1.0, 5.0, 3.0)
     out = tmp_path / "out"
-    reason = f"{out}/best: not written: No space left on device; fix this, then start again, as "
+    reason = f"{out}/best: not written: No space left on device; fix this, then start again with --"
     assert reason in fails(capsys, arguments)
     assert json.loads((out / "best" / "evaluation.json").read_text())["step"] == 3
     assert sorted(file.name for file in out.iterdir()) == ["best", "metrics.jsonl", "run.json"]

@@ -99,6 +99,8 @@ def test_bos_is_added_for_strings_whatever_the_base_says(said, base, tmp_path):
     write(base / "tokenizer_config.json", config)
     got = read(written(base, tmp_path / "out") / "tokenizer_config.json")
     assert got["add_bos_token"] is True and got["add_eos_token"] is False
+    both = read(written(base, tmp_path / "both", chat=True, plain=True) / "tokenizer_config.json")
+    assert both["add_bos_token"] is True  # a run on messages and on strings
     chats = read(written(base, tmp_path / "chat", chat=True, plain=False) / "tokenizer_config.json")
     assert chats == config  # a template writes BOS itself
 

@@ -481,6 +481,15 @@ def test_bos_and_eos_from_either_file_and_form(file, as_object, make_tokenizer):
     assert t.apply_chat_template([{"role": "user", "content": "q"}]) == "<|user|>\nq<end>\n"
 
 
+def test_bos_within_a_prompt_does_not_stand_for_the_one_in_front(make_tokenizer):
+    """As in a dialogue that was joined from several texts."""
+    files = {"tokenizer_config.json": {"bos_token": "<begin>"}}
+    t = make_tokenizer(files | {"added_tokens.json": {"<begin>": 400}})
+    for text in ("he<begin>he", "<begin>he<begin>he"):
+        ids = encode_prompt(t, text)
+        assert ids[0] == 400 and ids.count(400) == 2
+
+
 def test_a_null_bos_is_none(make_tokenizer):
     t = make_tokenizer(bos_token=None, eos_token="</s>")
     assert t.bos_id is None and t.encode("hello", bos=True) == t.encode("hello")

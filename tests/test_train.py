@@ -29,9 +29,13 @@ from tests.runs import (
 from tools import export as export_file
 
 
-@pytest.mark.parametrize("sft_loss", ["response", "full"])
-def test_step_1_is_the_objective_by_the_plain_path(arguments, sft_loss):
-    """Each pair as two ordinary sequences, logits, log-softmax, orpo_loss, autograd."""
+@pytest.mark.parametrize(
+    ("sft_loss", "batch"), [("response", ()), ("full", ()), ("full", ("--batch-size", "1000"))]
+)
+def test_step_1_is_the_objective_by_the_plain_path(arguments, sft_loss, batch):
+    """Each pair as two ordinary sequences, logits, log-softmax, orpo_loss, autograd; also where the
+    step has fewer pairs than --batch-size."""
+    arguments += batch
     row = run(arguments, "--sft-loss", sft_loss, "--max-steps", "1", "--grad-clip", "0")[1]
     config = train.parse([*arguments, "--sft-loss", sft_loss])
     model = Transformer.from_pretrained(config.model, dtype=torch.float64)
