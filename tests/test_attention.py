@@ -38,6 +38,7 @@ def assert_same_gradients(got, wanted, model, rtol):
 
 # A prompt of one token, responses of one token, and lengths at random.
 LENGTHS = [(1, 1, 1), (5, 1, 4), (1, 6, 1), (3, 2, 7), (7, 3, 3)]
+AS_LONG = [(3, 2, 5)]  # the rejected response is as long as prompt and chosen one together
 RANDOM_LENGTHS = [
     [tuple(rng.randint(1, 9) for _ in range(3)) for _ in range(rng.randint(1, 5))]
     for rng in map(random.Random, range(3))
@@ -61,7 +62,9 @@ def test_segments_by_hand():
 
 
 @kinds
-@pytest.mark.parametrize("lengths", [LENGTHS, *RANDOM_LENGTHS], ids=["edges", "r0", "r1", "r2"])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, AS_LONG, *RANDOM_LENGTHS], ids=["edges", "as long", "r0", "r1", "r2"]
+)
 def test_packed_equals_separate(kind, lengths):
     """Logits at every position, and every parameter's gradient of a random function of them."""
     model, pairs = random_model(**kind), random_pairs(lengths)

@@ -579,6 +579,14 @@ def warnings_by(template, make_tokenizer, *rows):
     return "\n".join(data.summary(list(rows), pairs, dropped, 999)), pairs
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_what_is_left_out_of_one_answer_only_is_counted(side, make_tokenizer):
+    row = row_of([Q], [YES], [NO])
+    answer = getattr(row, side)[0] | {"reasoning_content": "because"}
+    text, _ = warnings_by(BY_ROLE, make_tokenizer, row._replace(**{side: [answer]}))
+    assert "leaves out reasoning_content of assistant messages, or a part of it, in 1 pai" in text
+
+
 def test_what_a_template_does_not_write_is_counted(make_tokenizer):
     call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"c": "x"}}}
     tool = {"role": "tool", "content": "18 degrees", "name": "weather", "tool_call_id": "1"}
