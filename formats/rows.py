@@ -258,8 +258,10 @@ def warnings_of(rows: list[Preference]) -> list[str]:
     if repeated := [row for row in rows if row.repeated]:
         text = f"{len(repeated)} of {len(rows)} rows repeat the prompt in both answers"
         warnings.append(f"{text} (first: {repeated[0].where}); it is taken away from them")
-    if plain := [row for row in rows if row.key != "prompt" and isinstance(row.prompt, str)]:
-        text = f"{len(plain)} of {len(rows)} prompts are text under {plain[0].key!r}, as at"
+    texts = [row for row in rows if row.prompt and isinstance(row.prompt, str)]
+    if plain := [row for row in texts if row.key != "prompt"]:
+        keys = " or ".join(sorted({row.key for row in plain}))
+        text = f"{len(plain)} of {len(rows)} prompts are text under {keys}, as at"
         text = f"{text} {plain[0].where}: used without a chat template"
         warnings.append(f"{text} (tools/prepare.py makes messages of them)")
     if odd := [row for row in rows if any(map(_looks_odd, (row.chosen, row.rejected)))]:

@@ -151,7 +151,7 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def tell_slow_bfloat16(config: TrainConfig):
-    """A CPU without instructions for bfloat16 (AVX2 only) computes it by a loop on one core."""
+    """On a CPU without instructions for it (AVX2 only), bfloat16 is multiplied by a plain loop."""
     if config.device == "cpu" and config.dtype == "bfloat16":
         slower = product_rate(torch.float32) / product_rate(torch.bfloat16)
         if slower > 1.2:
@@ -244,7 +244,8 @@ def out_of_memory_advice(config: TrainConfig, pairs: list[Pair] = ()):
     try:
         yield
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one; a CPU has no own kind
-        if not isinstance(error, torch.OutOfMemoryError) and "CPUAllocator" not in str(error):
+        on_cpu = config.device == "cpu" and "CPUAllocator" in str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
             raise
         raise ValueError(advice_on_memory(config, pairs)) from None
 
@@ -256,20 +257,23 @@ def advice_on_memory(config: TrainConfig, pairs: list[Pair] = ()) -> str:
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
     fixed = gigabytes(fixed_memory(*count_parameters(model), config))
-    if config.device.startswith("cuda"):
-        total = torch.cuda.get_device_properties(config.device).total_memory
+    if config.device == "cpu":  # other programs, or a limit (ulimit), may have taken some of it
+        has = "what is left of this machine's memory"
     else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    has, batch, ways = gigabytes(total), "", []
+        total = torch.cuda.get_device_properties(config.device).total_memory
+        has = f"the {gigabytes(total)} of {config.device}"
+    batch, ways = "", []
     if pairs:
         batch = f" and a micro-batch of {sum(pair.n_tokens for pair in pairs)} tokens"
         ways = ["a lower --micro-batch-tokens or --max-length"]
         ways += [] if config.activation_checkpointing is True else ["--activation-checkpointing"]
     if not config.lora_rank:  # which does not go together with --shard
-        ways += ["more GPUs"] if config.shard else ["--shard over more GPUs", "--lora-rank 16"]
+        sharded = ["more GPUs"] if config.shard else ["--shard over more GPUs"]
+        ways += [] if config.device == "cpu" else sharded
+        ways += [] if config.shard else ["--lora-rank 16"]
     return (
         f"out of memory: {fixed} for weights, gradients and Adam's moments{batch} do not fit the "
-        f"{has} of {config.device}; what helps: {', '.join(ways or ['a smaller model'])}"
+        f"{has}; what helps: {', '.join(ways or ['a smaller model'])}"
     )
 
 

@@ -102,7 +102,7 @@ def test_other_names_of_the_prompt(name, prompt, tmp_path):
     row = {name: prompt, "chosen": yes, "rejected": no}
     (got,) = load_preferences(write_rows(tmp_path / "rows.jsonl", row))
     assert (got.prompt, got.chosen, got.rejected) == (prompt, yes, no)
-    said = f"1 of 1 prompts are text under {name!r}, as at {got.where}: used without a chat templ"
+    said = f"1 of 1 prompts are text under {name}, as at {got.where}: used without a chat templ"
     assert any(said in line for line in warnings_of([got])) == isinstance(prompt, str)
 
 

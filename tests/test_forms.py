@@ -415,6 +415,31 @@ def test_the_user_names_the_columns_of_the_answers(row, flags, ignored, tmp_path
     assert (f"ignored columns: {ignored} (1 rows)" in printed) == bool(ignored)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--chosen", "good", "--rejected", "good"), "name the same column twice"),
+        (("--prompt", "good", "--chosen", "good"), "name the same column twice"),
+        (("--prompt", "rejected"), "--prompt rejected: that is an answer"),
+        (("--chosen", ""), "--chosen names the column , and the row has none"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_refused(flags, words, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "Name a lake.", "good": "Garda.", "rejected": "No."}))
+    assert words in prepared(file, "--out", tmp_path / "out.jsonl", *flags, code=2)
+
+
+def test_scores_are_not_those_of_columns_that_the_user_names(tmp_path):
+    row = {"question": "Name a lake.", "chosen": "No.", "rejected": "Garda."}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row | {"score_chosen": 1, "score_rejected": 5}))
+    words = file, "--out", tmp_path / "out.jsonl"
+    assert "have a lower score_chosen" in prepared(*words)
+    swapped = prepared(*words, "--chosen", "rejected", "--rejected", "chosen")
+    assert "have a lower score_chosen" not in swapped
+
+
 SCORES = [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")]
 SCORES += [("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected")]
 SCORES += [("chosen_rating", "rejected_rating"), ("chosen_avg_rating", "rejected_avg_rating")]

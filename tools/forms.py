@@ -73,7 +73,7 @@ def convert(
     if is_list(found.prompt):
         found, used = with_earlier(found, row)
         form += f", after {' and '.join(used)}" if used else ""
-    return found, form
+    return found._replace(key="prompt"), form  # which is its name in PAIRS.jsonl
 
 
 def with_answers(row: dict, names: dict[str, str]) -> dict:

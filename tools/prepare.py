@@ -149,7 +149,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         answers = {"chosen": args.chosen, "rejected": args.rejected}
-        answers = {key: name for key, name in answers.items() if name}
+        answers = {key: name for key, name in answers.items() if name is not None}
+        names = [*answers.values()] + ([args.prompt] if args.prompt not in (None, "chosen") else [])
+        if args.prompt == "rejected":
+            raise ValueError("--prompt rejected: that is an answer; name the column that asks")
+        if len({*names}) < len(names):
+            raise ValueError("--prompt, --chosen and --rejected name the same column twice")
         prepare(args.inputs, args.out, args.split, args.prompt, answers)
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
@@ -182,7 +187,7 @@ def prepare(
                     continue
                 rows.append(found)
                 forms[form] += 1
-                if note := scored_against(row):
+                if not answers and (note := scored_against(row)):  # scores are of other columns
                     odd.add(note, where)
         if not rows:
             reasons = "; ".join(dropped.lines()) or "the files are empty"

@@ -186,17 +186,17 @@ def read_line() -> str:
 def main(argv=None):
     args = parse(argv)
     try:
-        dtype = torch.bfloat16 if has_bfloat16(torch.device(args.device)) else torch.float32
-        args.model = model_folder(args.model)
-        model = Transformer.from_pretrained(args.model, args.device, dtype)
-        tokenizer = data.load_tokenizer(args.model)
-        rows = read_questions(args.file) if args.file else []
         if args.file and args.question is not None:
             raise ValueError("a question and --file: give one of the two")
         if bool(args.file) != bool(args.out):
             raise ValueError("--file and --out belong together")
         if args.out and not args.out.absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+        dtype = torch.bfloat16 if has_bfloat16(torch.device(args.device)) else torch.float32
+        args.model = model_folder(args.model)
+        model = Transformer.from_pretrained(args.model, args.device, dtype)
+        tokenizer = data.load_tokenizer(args.model)
+        rows = read_questions(args.file) if args.file else []
     except (OSError, ValueError, RuntimeError) as error:  # the last: a device that is not there
         complain(error)
         sys.exit(2)
