@@ -386,7 +386,7 @@ def test_the_user_names_the_column_that_asks(tmp_path):
     words = [tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl", "--prompt", "ask me"]
     printed = prepared(*words)
     assert "1 from ask me as the user's message" in printed
-    assert "dropped: 1 --prompt names the column ask me, and the row has none" in printed
+    assert "dropped: 1 --prompt names the column 'ask me', and the row has none" in printed
     (got,) = data.load_preferences(tmp_path / "out.jsonl")
     assert got.prompt == ASKED
 
@@ -411,7 +411,7 @@ def test_the_user_names_the_columns_of_the_answers(row, flags, ignored, tmp_path
     printed = prepared(file, "--out", out, *flags)
     assert json.loads(out.read_text()) == GARDA
     name = flags[1]
-    assert f"dropped: 1 --chosen names the column {name}, and the row has none" in printed
+    assert f"dropped: 1 --chosen names the column {name!r}, and the row has none" in printed
     assert (f"ignored columns: {ignored} (1 rows)" in printed) == bool(ignored)
 
 
@@ -421,7 +421,7 @@ def test_the_user_names_the_columns_of_the_answers(row, flags, ignored, tmp_path
         (("--chosen", "good", "--rejected", "good"), "name the same column twice"),
         (("--prompt", "good", "--chosen", "good"), "name the same column twice"),
         (("--prompt", "rejected"), "--prompt rejected: that is an answer"),
-        (("--chosen", ""), "--chosen names the column , and the row has none"),
+        (("--chosen", ""), "--chosen names the column '', and the row has none"),
     ],
 )
 def test_columns_that_cannot_be_meant_are_refused(flags, words, tmp_path):

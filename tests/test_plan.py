@@ -209,11 +209,17 @@ def test_the_memory_of_a_process_is_in_gigabytes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rate_of_products_is_in_operations_a_second(monkeypatch, dtype):
     """By a clock on which the fifth product takes a quarter of a second and the others half."""
-    ticks = iter([0, 0.5] * 4 + [1, 1.25] + [0, 0.5] * 3)
-    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    ticks, used = iter([0, 0.5] * 4 + [1, 1.25] + [0, 0.5] * 3), set()
+    monkeypatch.setattr(
+        "time.perf_counter", lambda: used.add(torch.get_num_threads()) or next(ticks)
+    )
     n_threads = torch.get_num_threads()
-    assert product_rate(dtype) == 2 * 256 * 512 * 512 / 0.25 * n_threads
-    assert torch.get_num_threads() == n_threads
+    torch.set_num_threads(3)
+    try:
+        assert product_rate(dtype) == 2 * 256 * 512 * 512 / 0.25 * 3
+        assert used == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,8 @@ def convert(
         found, form = convert(with_answers(row, answers), where, column)
         replaced = tuple(key for key in answers if key in row and key not in answers.values())
         return found._replace(ignored=(*replaced, *found.ignored)), form
-    if column and not row.get(column):
-        has = "is empty" if column in row else "the row has none"
-        raise ValueError(f"--prompt names the column {column}, and {has}")
+    if column:
+        check_named(row, "--prompt", column)
     if not {"chosen", "rejected"} & row.keys():
         row, form = read_form(row)
     if not {"chosen", "rejected"} & row.keys():
@@ -76,12 +75,17 @@ def convert(
     return found._replace(key="prompt"), form  # which is its name in PAIRS.jsonl
 
 
+def check_named(row: dict, flag: str, column: str):
+    """Raises ValueError where the row has nothing in the column that a flag names."""
+    if not row.get(column):
+        problem = "it is empty" if column in row else "the row has none"
+        raise ValueError(f"{flag} names the column {column!r}, and {problem}")
+
+
 def with_answers(row: dict, names: dict[str, str]) -> dict:
     """The row with the columns that the user names as chosen and rejected."""
-    if missing := [(key, name) for key, name in names.items() if not row.get(name)]:
-        key, name = missing[0]
-        has = "is empty" if name in row else "the row has none"
-        raise ValueError(f"--{key} names the column {name}, and {has}")
+    for key, name in names.items():
+        check_named(row, f"--{key}", name)
     rest = {key: row[key] for key in row if key not in (*names, *names.values())}
     return rest | {key: row[name] for key, name in names.items()}
 
