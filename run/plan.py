@@ -234,7 +234,7 @@ def tell_peak(device, several: bool):
     else:
         remember_peak(peak * 2**30)
         text += "; the allocator of a CPU may hold half as much again"
-    tell("", text)
+    tell("memory", text)  # with its heading, as the first pair was shown in between
 
 
 @contextlib.contextmanager
