@@ -253,11 +253,12 @@ def quirks(chosen: list[Implementation]) -> str:
 
 
 RIGHT = """
-A number is right if it is within 1e-4 (float32), 1e-10 (float64) or 1e-2 (bfloat16) of the truth,
-relative to the number itself or, for the gradient of logits, to the largest of its row. That is
-about a thousand roundings in float32, a million in float64 and two in bfloat16. A cell with three
-numbers gives them for inputs of these three dtypes. Ordinary cases are far from certainty; the
-others (P near 1, logits that lead by 30 or 80 nats) ask whether the limits come out.
+A number is right if it is within 1e-5 (float32), 1e-12 (float64) or 1e-2 (bfloat16) of the truth,
+relative to the number itself or, for the gradient of logits, to the largest of its row. The first
+two are the golden file's own. That is about a hundred roundings in float32, thousands in float64
+and two in bfloat16. A cell with three numbers gives them for inputs of these three dtypes. Ordinary
+cases are far from certainty; the others (P near 1, logits that lead by 30 or 80 nats) ask whether
+the limits come out.
 From logits, an implementation is judged by the cases whose L_SFT covers the tokens that its own
 covers: the response, or prompt and response (full). "Both" stands for all cases: ours is given the
 weights of the tokens, and the others with this word agree with neither kind.

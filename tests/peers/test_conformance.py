@@ -65,7 +65,6 @@ def test_the_authors_formula_is_right_and_what_they_put_into_it_is_not(name):
 
 
 RIGHT_FROM_LOGPS = [
-    "axolotl, orpo_compute_loss",
     "tunix, after #1574",
     "mlx-lm-lora, after #88",
     "mlx-vlm",
@@ -77,6 +76,17 @@ RIGHT_FROM_LOGPS = [
 @pytest.mark.parametrize("name", RIGHT_FROM_LOGPS)
 def test_these_formulas_are_right_away_from_certainty(name):
     assert run.judged(ROWS[name, "pairs"], judge.FLOAT32).counts("ordinary") == (48, 48)
+
+
+def test_a_sigmoid_and_then_its_logarithm_cost_digits():
+    """The authors write so too, but in float64. At log P of -1/16 and -4 it is off by 1.5e-5."""
+    name, chosen, rejected = "axolotl, orpo_compute_loss", -1 / 16, -4.0
+    for what in range(3):
+        wanted = judge.at(chosen, rejected, what)(None)
+        got = judge.at(chosen, rejected, what, judge.FLOAT32)(ROWS[name, "pairs"].function)
+        assert got == pytest.approx(wanted, rel=1e-4)
+    n_right, n = run.judged(ROWS[name, "pairs"], judge.FLOAT32).counts("ordinary")
+    assert n - 2 <= n_right <= n
 
 
 @pytest.mark.parametrize("name", ["unsloth, MLX", "RLHF book"])
@@ -338,14 +348,39 @@ def exp_is_rounded_to_nearest() -> bool:
     return torch.equal(x.float().exp(), x.exp().float())
 
 
-@pytest.mark.parametrize("table_of", [run.summary, run.sources])
-def test_the_page_shows_what_the_command_prints(table_of):
-    """`python -m conformance.run --summary` prints the new tables."""
+def other_version(shown: list[str], printed: list[str]) -> bool:
+    return shown[0] in ("TRL", "Liger") and shown[1] != printed[1]
+
+
+def test_the_page_shows_where_each_was_read():
+    for shown, printed in rows_of_the_page(run.sources(IMPLEMENTATIONS)):
+        assert other_version(shown, printed) or shown == printed
+
+
+def summary_within(rtol: float, monkeypatch) -> list[tuple[list[str], list[str]]]:
+    monkeypatch.setitem(judge.RTOL, judge.FLOAT32, rtol)
+    for function in (run.fitting_sft, run.judged):
+        function.cache_clear()
+    return rows_of_the_page(run.summary(IMPLEMENTATIONS))
+
+
+def test_the_page_shows_what_the_command_prints(monkeypatch):
+    """`python -m conformance.run --summary` prints the new tables. CPUs differ in the last digit of
+    a sigmoid, so a case whose error is near the tolerance may be right on one and wrong on another:
+    a count lies between those of half and of twice the tolerance."""
     if not exp_is_rounded_to_nearest():
         pytest.skip("this CPU rounds e^x in another way; the counts of the page are not its own")
-    for shown, printed in rows_of_the_page(table_of(IMPLEMENTATIONS)):
-        other_version = shown[0] in ("TRL", "Liger") and shown[1] != printed[1]
-        assert other_version or shown == printed
+    rtol = judge.RTOL[judge.FLOAT32]
+    narrow, wide = (summary_within(x * rtol, monkeypatch) for x in (0.5, 2))
+    for (shown, low), (_, high) in zip(narrow, wide, strict=True):
+        if not other_version(shown, low):
+            between = zip(shown[3:], low[3:], high[3:], strict=True)
+            assert shown[:3] == low[:3]
+            assert all(a == b or n_right(b) <= n_right(a) <= n_right(c) for a, b, c in between)
+
+
+def n_right(cell: str) -> int:
+    return int(re.fullmatch(r"(\d+) of \d+", cell)[1])
 
 
 def test_the_page_shows_the_answers():
