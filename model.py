@@ -36,6 +36,7 @@ from formats.weights import read_weights, write_weights
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
+rotation_kernel = None  # on a GPU: `_rotate` as run/compiled.py compiled it
 LOOK_EVERY = {"cuda": 8}  # tokens between two looks for EOS, as the host then waits; else 1
 
 
@@ -166,20 +167,18 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 class ApplyRotary(torch.autograd.Function):
     """Turns dimension i with i + rotary_dim/2 of x (N, H, d) by cos and sin: Hugging Face's halves.
 
-    Its gradient is the rotation back, by the opposite angle. We write it by hand because autograd
-    keeps float32 copies: in eager mode they took a twelfth of the memory traffic of a 7B step
-    (`python -m bench.gpu_count`).
+    Its gradient, the rotation back, is written by hand: autograd would keep float32 copies.
     """
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return (rotation_kernel or _rotate)(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+        return (rotation_kernel or _rotate)(grad, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

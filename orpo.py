@@ -195,8 +195,10 @@ def _softmax_of_others(logits: Tensor, targets: Tensor) -> Tensor:
     logsumexp of the other logits they are z_t - r, and log p = log sigmoid(z_t - r) and
     1 - p = sigmoid(r - z_t) keep their digits where a log-softmax would have rounded to 0.
     """
-    if logits.is_cuda and _compiled is not None:
-        return _compiled(logits, targets)
+    return (softmax_kernel or _softmax_in_parts)(logits, targets)
+
+
+def _softmax_in_parts(logits: Tensor, targets: Tensor) -> Tensor:
     # A few rows at a time, so that the float32 copy of bfloat16 logits is small and stays in a
     # cache.
     n_rows = max(1, 2 ** (24 if logits.is_cuda else 20) // logits.shape[1])
@@ -224,13 +226,7 @@ def _put(x: Tensor, target: Tensor, value: float) -> Tensor:
     return x.scatter_(1, target, value)
 
 
-_compiled = None
-
-
-def compile_softmax():
-    """Lets torch.compile make few kernels of `_softmax_of_rows` on a GPU, for the whole process."""
-    global _compiled
-    _compiled = torch.compile(_softmax_of_rows, dynamic=True)
+softmax_kernel = None  # on a GPU: `_softmax_of_rows` as run/compiled.py compiled it
 
 
 def _token_log_odds(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

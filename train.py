@@ -42,9 +42,9 @@ from data import Batch, Pair, step_pairs
 from formats.files import model_folder
 from formats.weights import full_tensor
 from model import ModelConfig, Transformer, trainable
-from orpo import ORPOOutput, compile_softmax, fused_linear_orpo, log_odds, odds_ratio_grad
+from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
 from run.answers import accepted, answers
-from run.compiled import compile_blocks
+from run.compiled import compile_blocks, compile_kernels
 from run.flags import ENDLESS, TrainConfig, parse
 from run.folder import (
     begin_folder,
@@ -374,7 +374,7 @@ def load_model(config: TrainConfig) -> Transformer:
     model.checkpointed_blocks = model.config.n_layers if n is True else int(n)
     if config.compile:
         compile_blocks(model, config.shard)
-        compile_softmax()
+    compile_kernels(model.device)
     return model
 
 

@@ -9,7 +9,7 @@
     gradients      every dtype and attention path against float64, and the golden vectors
     builtin        ten steps of the built-in job, beside the CPU's losses
     waits          the host never waits for the device; compiled equals eager
-    speed          whole steps of 0.1 and 1.1 billion parameters, eager and compiled
+    speed          whole steps of 0.1 and 1.1 billion parameters, plain, eager and compiled
     wide           the width of 7B with 12 layers: recomputed, compiled; memory beside its count
     profile        the share of products, attention, the rest, and idle time
     lora           7B with adapters of rank 16
@@ -19,7 +19,8 @@
 
 A stage may run out of time or memory: each row stands by itself, and an error is a row, too. What
 is compared with was computed on a CPU before (the reference). A step is train.training_step on
-random weights, in pairs of UltraFeedback's mean lengths.
+random weights, in pairs of UltraFeedback's mean lengths. "Eager" has the compiled rotation and
+softmax, as train.py has; "plain" has not, and "compiled" has compiled blocks too.
 """
 
 import argparse
@@ -43,11 +44,13 @@ import torch
 
 import attention
 import data
+import model as model_module
+import orpo
 import train
 from formats.config import config_json
 from model import ModelConfig, Transformer
-from orpo import compile_softmax, odds_ratio_grad, odds_ratio_loss
-from run.compiled import compile_blocks
+from orpo import odds_ratio_grad, odds_ratio_loss
+from run.compiled import compile_blocks, compile_kernels
 from run.flags import TrainConfig
 from run.lora import add_lora
 from run.plan import peak_flops, step_flops
@@ -72,14 +75,16 @@ class Variant(NamedTuple):
     shape: str
     name: str
     tokens: int  # of a micro-batch
-    compiled: bool = False
+    compiled: bool = False  # the blocks
     twice: int = 0  # blocks with activation checkpointing
     all_again: bool = False  # compiled blocks that run twice keep their inputs only
     lora: int = 0
+    kernels: bool = True  # compiled rotation and softmax
 
 
 STAGES = {
     "speed": [
+        Variant("1.1B", "plain", 16384, kernels=False),
         Variant("1.1B", "eager", 16384),
         Variant("1.1B", "compiled", 16384, True),
         Variant("0.1B", "eager", 8192),
@@ -112,6 +117,18 @@ def random_pairs(n: int, means: tuple[int, int, int], vocab_size: int, seed: int
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.gamma(2, np.array(means) / 2, (n, 3)).astype(int), 2, 4 * max(means))
     return [data.Pair(*(rng.integers(0, vocab_size, k) for k in row)) for row in lengths]
+
+
+def use_kernels(wanted: bool, device: torch.device, **smallest):
+    """Rotation and softmax from now on: compiled, or as they are."""
+    orpo.softmax_kernel = model_module.rotation_kernel = None
+    if wanted:
+        compile_kernels(device, **smallest)
+
+
+def kernels_in_use() -> str:
+    kernels = orpo.softmax_kernel, model_module.rotation_kernel
+    return ", ".join(f"{kernel.name} {kernel.state}" for kernel in kernels if kernel) or "none"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,7 +225,9 @@ def timed(call, budget: float = 0.5) -> float:
 # gradients
 
 
-def gradients(device: str, dtype: torch.dtype, varlen=True, tf32=False, reduced=True):
+def gradients(
+    device: str, dtype: torch.dtype, varlen=True, tf32=False, reduced=True, kernels=False
+):
     """(loss, every parameter's gradient flattened) of SMALL on six fixed pairs, in float64.
 
     varlen: whether attention may go through varlen_attn. reduced: whether cuBLAS may add up
@@ -225,6 +244,7 @@ def gradients(device: str, dtype: torch.dtype, varlen=True, tf32=False, reduced=
     # cuDNN's attention is left out: with masks its backward pass has a known NaN (pytorch 196678).
     allowed = [backends.EFFICIENT_ATTENTION, backends.MATH]
     attention.USE_VARLEN = varlen
+    use_kernels(kernels, torch.device(device), smallest=0)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
     try:
@@ -247,6 +267,8 @@ COMPARED = [  # name, arguments of gradients, largest relative error of the grad
     ("cuda bfloat16, varlen_attn", ("cuda", torch.bfloat16), 3e-2),
     ("cuda bfloat16, by segment", ("cuda", torch.bfloat16, False), 3e-2),
     ("cuda bfloat16, float32 sums", ("cuda", torch.bfloat16, True, False, False), 3e-2),
+    ("cuda float32, kernels", ("cuda", torch.float32, True, False, True, True), 1e-5),
+    ("cuda bfloat16, kernels", ("cuda", torch.bfloat16, True, False, True, True), 3e-2),
 ]
 
 
@@ -272,7 +294,7 @@ def compare(device: torch.device):
                 difference = projections(gradient) - wanted
                 error = difference.square().mean().sqrt().item() / reference["norm"]
                 values |= {"loss": abs(loss / reference["loss"] - 1), "gradient": error}
-                values |= {"bound": bound, "ok": error < bound}
+                values |= {"bound": bound, "ok": error < bound, "kernels": kernels_in_use()}
             if values.get("ok"):
                 break
     for dtype in (torch.float64, torch.float32):
@@ -325,7 +347,7 @@ def waits(device: torch.device):
     config = TrainConfig(dtype="bfloat16", device="cuda:0", micro_batch_tokens=256)
     pairs = random_pairs(6, (40, 60, 50), SMALL.vocab_size, seed=3)
     found = {}
-    for name in ("eager", "compiled", "compiled, products kept"):
+    for name in ("plain", "eager", "compiled", "compiled, products kept"):
         with row("waits", name) as values:
             torch._dynamo.reset()
             torch.manual_seed(0)
@@ -333,15 +355,15 @@ def waits(device: torch.device):
                 model = Transformer(SMALL)
             model.compute_dtype = torch.bfloat16
             model.checkpointed_blocks = 3 if "kept" in name else 0
-            if name != "eager":
+            use_kernels(name != "plain", device, smallest=0)
+            if "compiled" in name:
                 compile_blocks(model)
-                compile_softmax()
             batches = train.pack(pairs, config)
             for batch in batches:
                 train.forward(model, batch, 0.5).loss.backward()
             found[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
-            error = (found[name] - found["eager"]).norm() / found["eager"].norm()
-            values["gradient beside eager"] = error.item()
+            error = (found[name] - found["plain"]).norm() / found["plain"].norm()
+            values["gradient beside plain"] = error.item()
             optimizer = train.make_optimizer(model, config)
             train.training_step(model, optimizer, batches, config)  # sets kernels up
             torch.cuda.set_sync_debug_mode("error")
@@ -370,7 +392,7 @@ def make(variant: Variant, device: torch.device):
     model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, variant.twice
     if variant.compiled:
         compile_blocks(model, sharded=variant.all_again)
-        compile_softmax()
+    use_kernels(variant.kernels, device)
     config = TrainConfig(dtype="bfloat16", lr=1e-5, micro_batch_tokens=variant.tokens)
     pairs = random_pairs(n_pairs, LENGTHS, shape.vocab_size, seed=2)
     optimizer = train.make_optimizer(model, config)
@@ -411,6 +433,7 @@ def steps_of(variant: Variant, n_steps: int, device: torch.device) -> dict:
         "TFLOP/s": rate / 1e12,
         "MFU": rate / peak if peak else None,
         "GB": torch.cuda.max_memory_allocated() / 2**30,
+        "kernels": kernels_in_use(),
     }
 
 

@@ -2,8 +2,9 @@
 
     python -m bench.gpu_count          needs a CUDA build of PyTorch; a driver may be pretended
 
-Counted on tensors without content, in eager mode, at an H200's rates below. What comes out is a
-prediction: `python -m bench.gpu profile` measures it.
+Counted on tensors without content, at an H200's rates below: in eager mode, with rotation and
+softmax compiled ("eager") and without ("plain"). What comes out is a prediction: `python -m
+bench.gpu profile` measures it.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"  # a pretended dr
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_module
+import orpo
 import train
 from bench.gpu import KINDS, LENGTHS, SHAPES, Variant, kind_of, random_pairs
 from model import Transformer
@@ -21,8 +24,11 @@ from run.flags import TrainConfig
 from run.plan import step_flops
 
 COUNTED = [
+    Variant("6.7B", "plain, all twice", 8192, twice=32, kernels=False),
     Variant("6.7B", "eager, all twice", 8192, twice=32),
+    Variant("6.7B", "plain, none twice", 4096, kernels=False),
     Variant("6.7B", "eager, none twice", 4096),
+    Variant("1.1B", "plain", 16384, kernels=False),
     Variant("1.1B", "eager", 16384),
 ]
 
@@ -38,9 +44,25 @@ class Traffic(TorchDispatchMode):
         self.seconds = dict.fromkeys([*KINDS, "elementwise"], 0.0)
         self.gigabytes = dict.fromkeys(self.seconds, 0.0)
         self.operations = {}  # name: calls, gigabytes
+        self.in_kernel = False  # what happens within one is not counted by itself
+
+    def kernel(self, function, n_bytes):
+        """`function` as what torch.compile makes of it, which moves n_bytes(result, *arguments)."""
+
+        def call(*args):
+            self.in_kernel = True
+            out = function(*args)
+            self.in_kernel = False
+            moved = n_bytes(out, *args)
+            self.add("elementwise", function.__name__, moved / BYTES, moved)
+            return out
+
+        return call
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        if self.in_kernel:
+            return out
         name, is_view = function._schema.name, function.is_view
         inputs = [x for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)]
         outputs = [x for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x)]
@@ -56,12 +78,15 @@ class Traffic(TorchDispatchMode):
         if name in ("aten::mm", "aten::addmm"):
             a, b = [x for x in inputs if x.dim() == 2][-2:]
             seconds = max(seconds, 2 * a.shape[0] * a.shape[1] * b.shape[1] / PRODUCTS)
+        self.add(kind, name.removeprefix("aten::"), seconds, n_bytes)
+        return out
+
+    def add(self, kind: str, name: str, seconds: float, n_bytes: int):
         self.seconds[kind] += seconds
         self.gigabytes[kind] += n_bytes / 1e9
-        operation = self.operations.setdefault(name.removeprefix("aten::"), [0, 0.0])
+        operation = self.operations.setdefault(name, [0, 0.0])
         operation[0] += 1
         operation[1] += n_bytes / 1e9
-        return out
 
 
 def count_step(variant: Variant):
@@ -81,7 +106,17 @@ def count_step(variant: Variant):
         model.compute_dtype, model.checkpointed_blocks = torch.bfloat16, variant.twice
         optimizer = train.make_optimizer(model, config)
         train.training_step(model, optimizer, batches[:1], config)  # makes Adam's moments
-        with Traffic() as traffic:
+        traffic = Traffic()
+        orpo.softmax_kernel = model_module.rotation_kernel = None
+        if variant.kernels:
+            model_module.rotation_kernel = traffic.kernel(
+                model_module._rotate, lambda out, *inputs: sum(x.nbytes for x in (out, *inputs))
+            )
+            # Read for the largest, for the sum and for the result, which takes their place.
+            orpo.softmax_kernel = traffic.kernel(
+                orpo._softmax_in_parts, lambda _, logits, __: 4 * logits.nbytes
+            )
+        with traffic:
             train.training_step(model, optimizer, batches, config)
         needed = step_flops(model, pairs, config)
         model.config.head_dim = 0  # what is left of the operations is without attention
@@ -91,7 +126,7 @@ def count_step(variant: Variant):
     attention *= 3.5 / 3 + variant.twice / shape.n_layers / 3
     traffic.seconds["attention"] = attention / ATTENTION
     total = sum(traffic.seconds.values())
-    print(f"{variant.shape}, {variant.name}, micro-batches of {variant.tokens}: counted, eager")
+    print(f"{variant.shape}, {variant.name}, micro-batches of {variant.tokens}: counted")
     for kind, seconds in traffic.seconds.items():
         moved = traffic.gigabytes[kind]
         print(f"{kind:<12} {moved:>9.0f} GB {1000 * seconds:>9.1f} ms {seconds / total:>6.1%}")

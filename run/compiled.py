@@ -1,10 +1,15 @@
-"""torch.compile for the blocks of a model, with or without activation checkpointing."""
+"""torch.compile: two functions of small operations on a GPU, and with --compile whole blocks."""
 
 import functools
+import warnings
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import model as model_module
+import orpo
 from attention import has_varlen
 from model import Block, Transformer
 
@@ -35,7 +40,55 @@ def keeps_products(model: Transformer, sharded: bool) -> bool:
     return on_gpu and not sharded
 
 
-def _keep_products(block: Block, *inputs) -> torch.Tensor:
+def _keep_products(block: Block, *inputs) -> Tensor:
     # Not `block(...)`, which is compiled by itself: checkpoint must see the operations inside.
     contexts = functools.partial(create_selective_checkpoint_contexts, KEPT)
     return checkpoint(block.forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def compile_kernels(device: torch.device, smallest=2**23):
+    """On a GPU: one kernel for the rotation of queries and keys, and few for the softmax over the
+    vocabulary, in all models of the process. PyTorch's own operations move three to five times the
+    bytes. smallest: tensors of fewer numbers go the plain way, which the host prepares faster.
+
+    TORCH_COMPILE_DISABLE=1 leaves both as they are.
+    """
+    if device.type != "cuda" or torch._dynamo.config.disable:
+        return
+    # It says that it reads the logits once more than it might.
+    warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")
+    options = {"compile_threads": 1}  # else PyTorch starts a process for each of the CPU's cores
+    functions = orpo._softmax_of_rows, model_module._rotate
+    softmax, rotate = (torch.compile(f, dynamic=True, options=options) for f in functions)
+    orpo.softmax_kernel = Kernel("softmax", softmax, orpo._softmax_in_parts, smallest)
+    model_module.rotation_kernel = Kernel("rotation", rotate, model_module._rotate, smallest)
+
+
+class Kernel:
+    """`compiled`, for large tensors on a GPU; otherwise `plain`, which computes the same.
+
+    Where compilation fails, at the first call, it says so and stays plain: code for a GPU needs
+    Triton, and that a C compiler.
+    """
+
+    def __init__(self, name: str, compiled: Callable, plain: Callable, smallest: int, on="cuda"):
+        self.name, self.compiled, self.plain = name, compiled, plain
+        self.smallest, self.on, self.state = smallest, on, "not used"
+
+    def __call__(self, x: Tensor, *rest):
+        # Within a compiled block the plain function becomes part of the block's own kernels.
+        if torch.compiler.is_compiling() or self.state == "failed":
+            return self.plain(x, *rest)
+        if x.device.type != self.on or x.numel() < self.smallest:
+            return self.plain(x, *rest)
+        try:
+            out = self.compiled(x.detach(), *rest)  # a gradient to x would be compiled by itself
+        except Exception as error:
+            if self.state == "compiled" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            print(f"kernels  the {self.name} is not compiled: {reason:.300}", flush=True)
+            self.state = "failed"
+            return self.plain(x, *rest)
+        self.state = "compiled"
+        return out

@@ -107,9 +107,7 @@ class TrainConfig:
         "dtype of matrix products (default: bfloat16 on a GPU that has it, else float32)",
         choices=("float32", "bfloat16"),
     )
-    compile: bool = flag(
-        RUN, False, "compile blocks and softmax (torch.compile), which takes minutes"
-    )
+    compile: bool = flag(RUN, False, "compile the blocks (torch.compile), which takes minutes")
     log_every: int = flag(RUN, 1, "steps between rows of OUT/metrics.jsonl", least=1)
     eval_every: int = flag(
         RUN, 0, "steps between evaluations, for OUT/best too; 0: only before and after", least=0

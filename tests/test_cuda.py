@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+import model as model_module
+import orpo
 from bench.gpu import COMPARED, gradients
 from model import ModelConfig, Transformer
+from run.compiled import compile_kernels
 from tests.small import packed, plain
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -72,6 +75,30 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once():
     finally:
         torch._dynamo.config.error_on_recompile = False
         torch._dynamo.reset()
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_rotation_and_softmax_compute_the_same(dtype, monkeypatch):
+    monkeypatch.setattr(orpo, "softmax_kernel", None)
+    monkeypatch.setattr(model_module, "rotation_kernel", None)
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    compile_kernels(device, smallest=0)
+
+    def random(*shape):
+        return torch.randn(shape, device=device, generator=generator)
+
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
+    for n, vocab_size, n_heads in ((700, 1000, 8), (33, 1003, 2)):
+        wanted = (30 * random(n, vocab_size)).to(dtype)
+        got, targets = wanted.clone(), torch.randint(vocab_size, (n,), device=device)
+        expected = orpo._softmax_of_rows(wanted, targets)
+        torch.testing.assert_close(orpo.softmax_kernel(got, targets), expected)
+        torch.testing.assert_close(got, wanted, **tolerance)
+        x, cos, sin = random(n, n_heads, 64).to(dtype), random(n, 1, 32), random(n, 1, 32)
+        turned = model_module.rotation_kernel(x, cos, sin)
+        torch.testing.assert_close(turned, model_module._rotate(x, cos, sin), **tolerance)
+    assert orpo.softmax_kernel.state == model_module.rotation_kernel.state == "compiled"
 
 
 @needs_cuda

@@ -22,11 +22,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import model as model_module
+import orpo
 import train
 from formats.families import FAMILIES, GPT
 from model import ModelConfig, Transformer
 from run import processes
-from run.compiled import compile_blocks
+from run.compiled import compile_blocks, compile_kernels
 from run.flags import TrainConfig
 from run.log import n_updates
 from run.lora import add_lora
@@ -36,6 +38,17 @@ from tests.small import random_pairs
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="this PyTorch sees no CUDA device, real or pretended"
 )
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Rotation and softmax are as they were, afterwards."""
+    monkeypatch.setattr(orpo, "softmax_kernel", None)
+    monkeypatch.setattr(model_module, "rotation_kernel", None)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.config.error_on_recompile = False
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -284,7 +297,10 @@ def launches() -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not launches(), reason="no kernel can be launched here")
+needs_launches = pytest.mark.skipif(not launches(), reason="no kernel can be launched here")
+
+
+@needs_launches
 def test_a_compiled_block_that_runs_twice_keeps_its_products():
     """Down to machine code, of which one version serves all lengths. In bytes a token and block:
     the inputs, q, k, v and what attention gives, the sum of the first half, gate and up."""
@@ -315,6 +331,22 @@ def test_a_compiled_block_that_runs_twice_keeps_its_products():
     more = (kept[3, True] - kept[3, False]) / 3
     assert 0.9 * products < more < 1.1 * products
     assert kept[3, True] < 0.7 * kept[0, False]
+
+
+@needs_launches
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rotation_and_softmax_are_compiled_once(kernels, dtype):
+    """Down to machine code that serves all lengths, in the forward and the backward pass."""
+    config, compiled = TrainConfig(dtype=dtype, device="cuda:0"), torch._dynamo.utils.counters
+    compiled.clear()
+    model = make_model(SMALL, config)
+    compile_kernels(CUDA, smallest=0)
+    for i in range(3):
+        pairs = random_pairs([(193 + i, 289, 260 - i)] * 4, vocab_size=1000)
+        (batch,) = train.pack(pairs, config)
+        train.forward(model, batch, 0.1).loss.backward()
+    assert orpo.softmax_kernel.state == model_module.rotation_kernel.state == "compiled"
+    assert compiled["stats"]["unique_graphs"] == 2
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ import gc
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import model as model_module
 import orpo
 import train
 from attention import _pad_segments
+from run.compiled import Kernel, compile_kernels
 from run.plan import step_flops
 from tests.small import Products, keys_seen, one_step, packed, some_pairs, tiny
 
@@ -168,10 +171,13 @@ def test_lm_heads_gradient_has_the_digits_of_its_weight():
     assert (weight.grad.bfloat16() - weight.grad).norm() > 1e-4 * weight.grad.norm()
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_compiled_blocks_are_compiled_once(checkpointing):
+COMPILED = [pytest.param("blocks", marks=pytest.mark.slow), "checkpointed blocks", "rotation"]
+
+
+@pytest.mark.parametrize("what", COMPILED)
+def test_what_is_compiled_is_compiled_once_for_all_lengths(what, monkeypatch):
     model, config = tiny(), train.TrainConfig(dtype="float32", sft_loss="full")
-    model.checkpointed_blocks = 2 * checkpointing
+    model.checkpointed_blocks = 2 * (what == "checkpointed blocks")
 
     def gradients(pairs):
         model.zero_grad()
@@ -182,8 +188,14 @@ def test_compiled_blocks_are_compiled_once(checkpointing):
     steps = [some_pairs(4, seed) for seed in range(6)]
     expected = [gradients(pairs) for pairs in steps]
     torch._dynamo.reset()
-    for block in model.layers:
-        block.compile(dynamic=True, backend="aot_eager")
+    if what == "rotation":
+        rotate = torch.compile(model_module._rotate, dynamic=True, backend="aot_eager")
+        # Generation has fewer numbers than 50.
+        kernel = Kernel("rotation", rotate, model_module._rotate, smallest=50, on="cpu")
+        monkeypatch.setattr(model_module, "rotation_kernel", kernel)
+    else:
+        for block in model.layers:
+            block.compile(dynamic=True, backend="aot_eager")
     gradients(steps[0]), gradients(steps[1])
     try:
         torch._dynamo.config.error_on_recompile = True
@@ -193,3 +205,63 @@ def test_compiled_blocks_are_compiled_once(checkpointing):
     finally:
         torch._dynamo.config.error_on_recompile = False
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(orpo, "softmax_kernel", None)
+    monkeypatch.setattr(model_module, "rotation_kernel", None)
+
+
+def failing(*_):
+    raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(capsys):
+    kernel = Kernel("softmax", failing, orpo._softmax_in_parts, smallest=8, on="cpu")
+    logits, targets = torch.randn(4, 8), torch.arange(4)
+    wanted, others = logits.clone(), logits.clone()
+    expected = orpo._softmax_in_parts(wanted, targets)
+    for x in (logits, others):
+        assert torch.equal(kernel(x, targets), expected) and torch.equal(x, wanted)
+    said = "kernels  the softmax is not compiled: Failed to find C compiler.\n"
+    assert capsys.readouterr().out == said  # once
+
+
+def test_an_error_of_something_that_ran_before_is_an_error(capsys):
+    outcomes = [torch.ones(3), RuntimeError("a fault of the card")]
+    kernel = Kernel("rotation", lambda *_: give(outcomes.pop(0)), failing, smallest=1, on="cpu")
+    assert kernel(torch.zeros(3)).sum() == 3
+    with pytest.raises(RuntimeError, match="a fault of the card"):
+        kernel(torch.zeros(3))
+    kernel = Kernel("rotation", lambda *_: give(torch.OutOfMemoryError()), failing, 1, "cpu")
+    with pytest.raises(torch.OutOfMemoryError):  # there is advice for it, and it is no fallback's
+        kernel(torch.zeros(3))
+    assert capsys.readouterr().out == ""
+
+
+def give(outcome):
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def test_only_large_tensors_on_a_gpu_are_for_what_is_compiled(no_kernels, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: function.__name__)
+    compile_kernels(torch.device("cuda"), smallest=32)
+    with FakeTensorMode():
+        x = torch.zeros(4, 8, device="cuda")
+        assert orpo._softmax_of_others(x, None) == "_softmax_of_rows"
+        assert model_module.rotation_kernel(x, None, None) == "_rotate"
+    one = torch.ones(2, 4, 1, 4)
+    assert model_module.rotation_kernel(torch.ones(4, 1, 8), *one).sum() == 32
+    monkeypatch.setattr(orpo.softmax_kernel, "on", "cpu")
+    assert orpo._softmax_of_others(torch.ones(4, 7), torch.zeros(4, dtype=int)).shape == (4,)
+
+
+@pytest.mark.parametrize(("device", "off"), [("cuda", True), ("cpu", False)])
+def test_a_cpu_and_compilation_that_is_off_keep_the_plain_operations(no_kernels, device, off):
+    """Off by TORCH_COMPILE_DISABLE."""
+    with torch._dynamo.config.patch(disable=off):
+        compile_kernels(torch.device(device))
+    assert orpo.softmax_kernel is None and model_module.rotation_kernel is None
