@@ -12,7 +12,7 @@ export OUT=${OUT:-out/gpu} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 card=${1:?which card or stage? h100, h200, or a stage of bench/gpu.py}
 python=${2:-python3}
 case $card in
-  h100) stages="15:machine 30:gradients 40:builtin 25:waits 75:speed 95:wide 45:profile 40:lora 60:trl 25:smollm2" ;;
+  h100) stages="15:machine 30:gradients 25:builtin 35:waits 80:speed 95:wide 45:profile 40:lora 60:trl 25:smollm2" ;;
   h200) stages="15:machine 140:full 55:profile-full 30:smollm2" ;;
   *) stages="3600:$card" ;;
 esac

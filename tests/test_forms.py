@@ -391,6 +391,15 @@ def test_the_user_names_the_column_that_asks(tmp_path):
     assert got.prompt == ASKED
 
 
+@pytest.mark.parametrize("flags", [(), ("--prompt", "prompt")])
+def test_text_under_prompt_becomes_a_message_only_if_the_user_names_it(flags, tmp_path):
+    row = {"prompt": "Name a lake.", "chosen": "Garda.", "rejected": "No."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    printed = prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl", *flags)
+    assert ("1 from prompt as the user's message" in printed) == bool(flags)
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == (GARDA if flags else row)
+
+
 @pytest.mark.parametrize(
     ("row", "flags", "ignored"),
     [

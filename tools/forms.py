@@ -97,8 +97,8 @@ def asked_of(row: Preference):
 
 def ask(row: dict, column: str | None) -> tuple[dict, str]:
     """The row with a prompt of messages where its answers are, and how that was made, in words.
-    Strings with a `prompt` stay strings. Whole dialogues, and rows without anything that asks, stay
-    as they are."""
+    Strings with a `prompt` stay strings, unless the user names that column. Whole dialogues, and
+    rows without anything that asks, stay as they are."""
     sides = row.get("chosen"), row.get("rejected")
     texts = all(isinstance(side, str) for side in sides)
     last_answers = all(isinstance(side, list) and len(side) == 1 for side in sides)
@@ -113,7 +113,8 @@ def ask(row: dict, column: str | None) -> tuple[dict, str]:
         sides = tuple(hh_text(side) if texts else side for side in sides)
         form = "a dialogue as text (HH-RLHF) and its answers"
     chat = bool(row.get("system") or row.get("history") or tools_of(row.get("tools")))
-    if isinstance(prompt, str) and (last_answers or (texts and (name != "prompt" or chat))):
+    asks = chat or column is not None or name != "prompt"  # else it is a text to be continued
+    if isinstance(prompt, str) and (last_answers or (texts and asks)):
         form = f"{name} as the user's message"
         if name != "input" and isinstance(more := row.get("input"), str):
             row = {key: value for key, value in row.items() if key != "input"}

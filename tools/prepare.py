@@ -13,7 +13,8 @@ read as
     questions   `question`, `instruction`, `query` or `input` (or --prompt), and answers as text:
                 they become messages; `input` is put after an instruction, `system` and `history`
                 become turns before it
-    strings     `prompt` and its continuations, which stay as they are
+    strings     `prompt` and its continuations, which stay as they are; --prompt prompt makes them
+                messages, too
     others      HH-RLHF, UltraFeedback with scores, SHP, PKU-SafeRLHF, HelpSteer, Nectar, OpenAI's
                 and more: docs/recipes.md has the table
 
