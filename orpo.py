@@ -199,6 +199,8 @@ def _softmax_of_others(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _softmax_in_parts(logits: Tensor, targets: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # which keeps no float32 copy
+        return _softmax_of_rows(logits, targets)
     # A few rows at a time, so that the float32 copy of bfloat16 logits is small and stays in a
     # cache.
     n_rows = max(1, 2 ** (24 if logits.is_cuda else 20) // logits.shape[1])
@@ -226,7 +228,7 @@ def _put(x: Tensor, target: Tensor, value: float) -> Tensor:
     return x.scatter_(1, target, value)
 
 
-softmax_kernel = None  # on a GPU: `_softmax_of_rows` as run/compiled.py compiled it
+softmax_kernel = None  # on a GPU: `_softmax_in_parts` as run/compiled.py compiled it
 
 
 def _token_log_odds(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

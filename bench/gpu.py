@@ -254,6 +254,8 @@ def gradients(
     finally:
         attention.USE_VARLEN = True
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    if "failed" in kernels_in_use():
+        raise RuntimeError(kernels_in_use())
     flat = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
     return output.loss.item(), flat
 
@@ -499,6 +501,7 @@ def measure_trl(name: str, way: str, n_steps: int, device) -> tuple[float, int]:
 # profile
 
 KINDS = {  # the first whose pattern a kernel's or an operation's name has
+    "elementwise": r"^triton_",  # whose names have those of all operations that they join
     "attention": r"flash|varlen|fmha",
     "optimizer": r"adam|foreach|norm_out|multi_tensor",
     "norms": r"rms_?norm|layer_?norm|gammabeta",

@@ -20,6 +20,7 @@ import orpo
 import train
 from bench.gpu import KINDS, LENGTHS, SHAPES, Variant, kind_of, random_pairs
 from model import Transformer
+from run.compiled import LARGE
 from run.flags import TrainConfig
 from run.plan import step_flops
 
@@ -50,6 +51,8 @@ class Traffic(TorchDispatchMode):
         """`function` as what torch.compile makes of it, which moves n_bytes(result, *arguments)."""
 
         def call(*args):
+            if args[0].numel() < LARGE:
+                return function(*args)
             self.in_kernel = True
             out = function(*args)
             self.in_kernel = False

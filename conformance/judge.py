@@ -2,9 +2,9 @@
 
 A number is right within 1e-5 in float32 and 1e-12 in float64, as the golden file says, and within
 1e-2 in bfloat16, relative to itself or, for the gradient of logits, to the largest of its row. That
-is a hundred roundings in float32, thousands in float64 and two in bfloat16: any sensible order of
-operations passes away from certainty, a lost term does not. Golden inputs are exact in float32; in
-bfloat16 they are rounded first, and the truth is tests/oracle.py's for the rounded ones.
+is a hundred roundings in float32, thousands in float64 and two in bfloat16: away from certainty any
+sensible order of operations passes, and a lost term does not. Golden inputs are exact in float32;
+in bfloat16 they are rounded first, and the truth is tests/oracle.py's for the rounded ones.
 """
 
 import functools

@@ -16,6 +16,7 @@ from model import Block, Transformer
 # What a checkpointed block keeps when it is compiled: the results that are slow to form.
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # without and with a bias
 KEPT = [*PRODUCTS, torch.ops.torch_attn._varlen_attn.default]
+LARGE = 2**23  # numbers in a tensor, from which on a kernel saves more time than its call takes
 
 
 def compile_blocks(model: Transformer, sharded: bool = False):
@@ -46,10 +47,10 @@ def _keep_products(block: Block, *inputs) -> Tensor:
     return checkpoint(block.forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def compile_kernels(device: torch.device, smallest=2**23):
+def compile_kernels(device: torch.device, smallest=LARGE):
     """On a GPU: one kernel for the rotation of queries and keys, and few for the softmax over the
     vocabulary, in all models of the process. PyTorch's own operations move three to five times the
-    bytes. smallest: tensors of fewer numbers go the plain way, which the host prepares faster.
+    bytes. smallest: tensors of fewer numbers go the plain way.
 
     TORCH_COMPILE_DISABLE=1 leaves both as they are.
     """
@@ -58,10 +59,10 @@ def compile_kernels(device: torch.device, smallest=2**23):
     # It says that it reads the logits once more than it might.
     warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")
     options = {"compile_threads": 1}  # else PyTorch starts a process for each of the CPU's cores
-    functions = orpo._softmax_of_rows, model_module._rotate
-    softmax, rotate = (torch.compile(f, dynamic=True, options=options) for f in functions)
-    orpo.softmax_kernel = Kernel("softmax", softmax, orpo._softmax_in_parts, smallest)
-    model_module.rotation_kernel = Kernel("rotation", rotate, model_module._rotate, smallest)
+    compiled = functools.partial(torch.compile, dynamic=True, options=options)
+    softmax, rotate = orpo._softmax_in_parts, model_module._rotate
+    orpo.softmax_kernel = Kernel("softmax", compiled(softmax), softmax, smallest)
+    model_module.rotation_kernel = Kernel("rotation", compiled(rotate), rotate, smallest)
 
 
 class Kernel:
@@ -82,7 +83,8 @@ class Kernel:
         if x.device.type != self.on or x.numel() < self.smallest:
             return self.plain(x, *rest)
         try:
-            out = self.compiled(x.detach(), *rest)  # a gradient to x would be compiled by itself
+            # Detached, as code is compiled for views, and for what has a gradient, by itself.
+            out = self.compiled(*(y.detach() for y in (x, *rest)))
         except Exception as error:
             if self.state == "compiled" or isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -47,7 +47,6 @@ def kernels(monkeypatch):
     monkeypatch.setattr(model_module, "rotation_kernel", None)
     torch._dynamo.reset()
     yield
-    torch._dynamo.config.error_on_recompile = False
     torch._dynamo.reset()
 
 

@@ -188,12 +188,11 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(what, monkeypatch):
     steps = [some_pairs(4, seed) for seed in range(6)]
     expected = [gradients(pairs) for pairs in steps]
     torch._dynamo.reset()
-    if what == "rotation":
-        rotate = torch.compile(model_module._rotate, dynamic=True, backend="aot_eager")
-        # Generation has fewer numbers than 50.
-        kernel = Kernel("rotation", rotate, model_module._rotate, smallest=50, on="cpu")
-        monkeypatch.setattr(model_module, "rotation_kernel", kernel)
-    else:
+    rotate = torch.compile(model_module._rotate, dynamic=True, backend="aot_eager")
+    # A token of generation has fewer numbers than 50.
+    kernel = Kernel("rotation", rotate, model_module._rotate, smallest=50, on="cpu")
+    monkeypatch.setattr(model_module, "rotation_kernel", kernel)
+    if what != "rotation":  # blocks take the plain rotation in
         for block in model.layers:
             block.compile(dynamic=True, backend="aot_eager")
     gradients(steps[0]), gradients(steps[1])
@@ -201,6 +200,7 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(what, monkeypatch):
         torch._dynamo.config.error_on_recompile = True
         for pairs, wanted in zip(steps[2:], expected[2:], strict=True):
             torch.testing.assert_close(gradients(pairs), wanted)
+        assert kernel.state == ("compiled" if what == "rotation" else "not used")
         assert len(model.generate([[1, 2, 3]], 4)[0]) == 4
     finally:
         torch._dynamo.config.error_on_recompile = False
@@ -251,8 +251,8 @@ def test_only_large_tensors_on_a_gpu_are_for_what_is_compiled(no_kernels, monkey
     compile_kernels(torch.device("cuda"), smallest=32)
     with FakeTensorMode():
         x = torch.zeros(4, 8, device="cuda")
-        assert orpo._softmax_of_others(x, None) == "_softmax_of_rows"
-        assert model_module.rotation_kernel(x, None, None) == "_rotate"
+        assert orpo._softmax_of_others(x, x) == "_softmax_in_parts"
+        assert model_module.rotation_kernel(x, x, x) == "_rotate"
     one = torch.ones(2, 4, 1, 4)
     assert model_module.rotation_kernel(torch.ones(4, 1, 8), *one).sum() == 32
     monkeypatch.setattr(orpo.softmax_kernel, "on", "cpu")
