@@ -195,10 +195,10 @@ def _softmax_of_others(logits: Tensor, targets: Tensor) -> Tensor:
     logsumexp of the other logits they are z_t - r, and log p = log sigmoid(z_t - r) and
     1 - p = sigmoid(r - z_t) keep their digits where a log-softmax would have rounded to 0.
     """
-    return (softmax_kernel or _softmax_in_parts)(logits, targets)
+    return (softmax_kernel or plain_softmax)(logits, targets)
 
 
-def _softmax_in_parts(logits: Tensor, targets: Tensor) -> Tensor:
+def plain_softmax(logits: Tensor, targets: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # which keeps no float32 copy
         return _softmax_of_rows(logits, targets)
     # A few rows at a time, so that the float32 copy of bfloat16 logits is small and stays in a
@@ -228,7 +228,7 @@ def _put(x: Tensor, target: Tensor, value: float) -> Tensor:
     return x.scatter_(1, target, value)
 
 
-softmax_kernel = None  # on a GPU: `_softmax_in_parts` as run/compiled.py compiled it
+softmax_kernel = None  # on a GPU: `plain_softmax` as run/compiled.py compiled it
 
 
 def _token_log_odds(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

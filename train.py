@@ -38,11 +38,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import orpo
 from data import Batch, Pair, step_pairs
 from formats.files import model_folder
 from formats.weights import full_tensor
 from model import ModelConfig, Transformer, trainable
-from orpo import ORPOOutput, fused_linear_orpo, log_odds, odds_ratio_grad
 from run.answers import accepted, answers
 from run.compiled import compile_blocks, compile_kernels
 from run.flags import ENDLESS, TrainConfig, parse
@@ -144,13 +144,13 @@ def pack(pairs: list[Pair], config: TrainConfig, share: bool = True) -> list[Bat
     return data.micro_batches(pairs, config.token_budget, config.sft_loss, multiple, *mine)
 
 
-def forward(model: Transformer, batch: Batch, lam: float) -> ORPOOutput:
+def forward(model: Transformer, batch: Batch, lam: float) -> orpo.ORPOOutput:
     """The loss of one micro-batch, as its share of the step's."""
     give_back_memory()
     b = batch.to(model.device)
     hidden = model.hidden_states(b.tokens, b.positions, b.segments)  # (N, D)
     hidden, lm_head = model.projection(hidden.index_select(0, b.predict))  # (P, D), (V, D)
-    return fused_linear_orpo(
+    return orpo.fused_linear_orpo(
         hidden,
         lm_head,
         b.targets,
@@ -189,7 +189,7 @@ def training_step(model: Transformer, optimizer, batches: list[Batch], config: T
     return outputs, grad_norm
 
 
-def metrics_of(outputs: list[ORPOOutput], lam: float, n_pairs: int) -> dict[str, torch.Tensor]:
+def metrics_of(outputs: list[orpo.ORPOOutput], lam: float, n_pairs: int) -> dict[str, torch.Tensor]:
     """A step's metrics, under the names that TRL's users know, still on the device.
 
     Each is a sum: over the pairs of this process, then over processes.
@@ -203,9 +203,9 @@ def metrics_of(outputs: list[ORPOOutput], lam: float, n_pairs: int) -> dict[str,
         # Two names of TRL that say something else: the mean of log sigmoid(log odds ratio), which
         # is -L_OR, and the mean log odds ratio.
         "log_odds_ratio": -pair_losses.sum() / n_pairs,
-        "log_odds_chosen": (log_odds(chosen) - log_odds(rejected)).sum() / n_pairs,
+        "log_odds_chosen": (orpo.log_odds(chosen) - orpo.log_odds(rejected)).sum() / n_pairs,
         # How hard L_OR pulls on a chosen token, L_SFT's pull being 1: lam * delta / (1 - P_w).
-        "pull_ratio": -lam * odds_ratio_grad(chosen, rejected)[0].sum() / n_pairs,
+        "pull_ratio": -lam * orpo.odds_ratio_grad(chosen, rejected)[0].sum() / n_pairs,
         "rewards/chosen": lam * chosen.sum() / n_pairs,
         "rewards/rejected": lam * rejected.sum() / n_pairs,
         "rewards/accuracies": (chosen > rejected).double().sum() / n_pairs,
@@ -374,7 +374,7 @@ def load_model(config: TrainConfig) -> Transformer:
     model.checkpointed_blocks = model.config.n_layers if n is True else int(n)
     if config.compile:
         compile_blocks(model, config.shard)
-    compile_kernels(model.device)
+    orpo.softmax_kernel = compile_kernels(model.device, orpo.plain_softmax)
     return model
 
 

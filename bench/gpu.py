@@ -123,7 +123,7 @@ def use_kernels(wanted: bool, device: torch.device, **smallest):
     """Rotation and softmax from now on: compiled, or as they are."""
     orpo.softmax_kernel = model_module.rotation_kernel = None
     if wanted:
-        compile_kernels(device, **smallest)
+        orpo.softmax_kernel = compile_kernels(device, orpo.plain_softmax, **smallest)
 
 
 def kernels_in_use() -> str:

@@ -117,7 +117,7 @@ def count_step(variant: Variant):
             )
             # Read for the largest, for the sum and for the result, which takes their place.
             orpo.softmax_kernel = traffic.kernel(
-                orpo._softmax_in_parts, lambda _, logits, __: 4 * logits.nbytes
+                orpo.plain_softmax, lambda _, logits, __: 4 * logits.nbytes
             )
         with traffic:
             train.training_step(model, optimizer, batches, config)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import model as model_module
-import orpo
 from attention import has_varlen
 from model import Block, Transformer
 
@@ -47,22 +46,22 @@ def _keep_products(block: Block, *inputs) -> Tensor:
     return checkpoint(block.forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def compile_kernels(device: torch.device, smallest=LARGE):
-    """On a GPU: one kernel for the rotation of queries and keys, and few for the softmax over the
-    vocabulary, in all models of the process. PyTorch's own operations move three to five times the
-    bytes. smallest: tensors of fewer numbers go the plain way.
+def compile_kernels(device: torch.device, softmax: Callable, smallest=LARGE) -> "Kernel | None":
+    """On a GPU: one kernel for the rotation of queries and keys, in all models of the process, and
+    few for softmax, which is orpo.plain_softmax; returns these. PyTorch's own operations move three
+    to five times the bytes. smallest: tensors of fewer numbers go the plain way.
 
     TORCH_COMPILE_DISABLE=1 leaves both as they are.
     """
     if device.type != "cuda" or torch._dynamo.config.disable:
-        return
+        return None
     # It says that it reads the logits once more than it might.
     warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")
     options = {"compile_threads": 1}  # else PyTorch starts a process for each of the CPU's cores
     compiled = functools.partial(torch.compile, dynamic=True, options=options)
-    softmax, rotate = orpo._softmax_in_parts, model_module._rotate
-    orpo.softmax_kernel = Kernel("softmax", compiled(softmax), softmax, smallest)
+    rotate = model_module._rotate
     model_module.rotation_kernel = Kernel("rotation", compiled(rotate), rotate, smallest)
+    return Kernel("softmax", compiled(softmax), softmax, smallest)
 
 
 class Kernel:

@@ -76,7 +76,7 @@ MUTANTS = [
     Mutant("the compiled softmax keeps its target", "orpo.py",
            "== target, value, x)", "== target, x, x)", "orpo"),
     Mutant("a compiled softmax is never taken", "orpo.py",
-           "(softmax_kernel or _softmax_in_parts)", "_softmax_in_parts", "operations"),
+           "(softmax_kernel or plain_softmax)", "plain_softmax", "operations"),
     Mutant("a kernel that fails after it ran is plain from then on", "run/compiled.py",
            'if self.state == "compiled" or isinstance', "if isinstance", "operations"),
     Mutant("a kernel that runs out of memory is plain from then on", "run/compiled.py",

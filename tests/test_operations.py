@@ -218,10 +218,10 @@ def failing(*_):
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(capsys):
-    kernel = Kernel("softmax", failing, orpo._softmax_in_parts, smallest=8, on="cpu")
+    kernel = Kernel("softmax", failing, orpo.plain_softmax, smallest=8, on="cpu")
     logits, targets = torch.randn(4, 8), torch.arange(4)
     wanted, others = logits.clone(), logits.clone()
-    expected = orpo._softmax_in_parts(wanted, targets)
+    expected = orpo.plain_softmax(wanted, targets)
     for x in (logits, others):
         assert torch.equal(kernel(x, targets), expected) and torch.equal(x, wanted)
     said = "kernels  the softmax is not compiled: Failed to find C compiler.\n"
@@ -248,10 +248,10 @@ def give(outcome):
 
 def test_only_large_tensors_on_a_gpu_are_for_what_is_compiled(no_kernels, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: function.__name__)
-    compile_kernels(torch.device("cuda"), smallest=32)
+    orpo.softmax_kernel = compile_kernels(torch.device("cuda"), orpo.plain_softmax, smallest=32)
     with FakeTensorMode():
         x = torch.zeros(4, 8, device="cuda")
-        assert orpo._softmax_of_others(x, x) == "_softmax_in_parts"
+        assert orpo._softmax_of_others(x, x) == "plain_softmax"
         assert model_module.rotation_kernel(x, x, x) == "_rotate"
     one = torch.ones(2, 4, 1, 4)
     assert model_module.rotation_kernel(torch.ones(4, 1, 8), *one).sum() == 32
@@ -263,5 +263,5 @@ def test_only_large_tensors_on_a_gpu_are_for_what_is_compiled(no_kernels, monkey
 def test_a_cpu_and_compilation_that_is_off_keep_the_plain_operations(no_kernels, device, off):
     """Off by TORCH_COMPILE_DISABLE."""
     with torch._dynamo.config.patch(disable=off):
-        compile_kernels(torch.device(device))
-    assert orpo.softmax_kernel is None and model_module.rotation_kernel is None
+        assert compile_kernels(torch.device(device), orpo.plain_softmax) is None
+    assert model_module.rotation_kernel is None
