@@ -199,6 +199,7 @@ def _softmax_of_others(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    """`_softmax_of_others` by PyTorch's own operations."""
     if torch.compiler.is_compiling():  # which keeps no float32 copy
         return _softmax_of_rows(logits, targets)
     # A few rows at a time, so that the float32 copy of bfloat16 logits is small and stays in a

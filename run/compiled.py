@@ -55,7 +55,7 @@ def compile_kernels(device: torch.device, softmax: Callable, smallest=LARGE) -> 
     """
     if device.type != "cuda" or torch._dynamo.config.disable:
         return None
-    # It says that it reads the logits once more than it might.
+    # PyTorch warns that it reads the logits one time more than is necessary.
     warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")
     options = {"compile_threads": 1}  # else PyTorch starts a process for each of the CPU's cores
     compiled = functools.partial(torch.compile, dynamic=True, options=options)
