@@ -619,6 +619,6 @@ def main():
 
 if __name__ == "__main__":
     main()
-    # At once: PyTorch before 2.13 may wait for its compiling processes for five minutes (162199).
+    # At once: PyTorch 2.11 may wait for its compiling processes for five minutes (pytorch 162199).
     sys.stdout.flush()
     os._exit(0)
