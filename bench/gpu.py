@@ -539,7 +539,7 @@ def profiled_step(variant: Variant, device: torch.device) -> dict:
 
 def shares(profiled, seconds: float) -> dict[str, str]:
     """The share of a step by kind; prints the ten kernels that take the most."""
-    times, kernels = dict.fromkeys([*KINDS, "elementwise"], 0.0), {}
+    times, kernels = dict.fromkeys(KINDS, 0.0), {}
     for event in profiled.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spent = event.device_time / 1e6

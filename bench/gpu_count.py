@@ -42,7 +42,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seconds = dict.fromkeys([*KINDS, "elementwise"], 0.0)
+        self.seconds = dict.fromkeys(KINDS, 0.0)
         self.gigabytes = dict.fromkeys(self.seconds, 0.0)
         self.operations = {}  # name: calls, gigabytes
         self.in_kernel = False  # what happens within one is not counted by itself
