@@ -153,13 +153,15 @@ def with_liger(Trainer):
                 batch, padding_value=self.padding_value, device=self.accelerator.device
             )
             ids, mask = both["concatenated_input_ids"], both["concatenated_attention_mask"]
-            hidden = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-            loss, (chosen, rejected, *_) = self.fused(
-                model.lm_head.weight,
-                hidden[:, :-1],
-                both["concatenated_labels"][:, 1:].contiguous(),
-                nll_target=ids.where(mask == 1, -100)[:, 1:].contiguous(),
-            )
+            # Trainer wraps the model's forward pass in autocast, and that is not called here.
+            with self.accelerator.autocast():
+                hidden = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+                loss, (chosen, rejected, *_) = self.fused(
+                    model.lm_head.weight,
+                    hidden[:, :-1],
+                    both["concatenated_labels"][:, 1:].contiguous(),
+                    nll_target=ids.where(mask == 1, -100)[:, 1:].contiguous(),
+                )
             return loss, {
                 "logps/chosen": chosen.mean().item(),
                 "logps/rejected": rejected.mean().item(),
