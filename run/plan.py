@@ -137,21 +137,25 @@ def peak_flops(device, config: TrainConfig) -> float | None:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of matrix products on this CPU, measured in some milliseconds: the best
-    of a few on one core, times the cores, as others may be using the machine."""
-    x, weight, seconds = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
+    """Operations a second of a training step's three products (y = x W^T, and its gradients
+    g W and g^T x) on this CPU, measured in half a second at most or in one round: the best of a
+    few on one core, times the cores, as others may be using the machine."""
+    x, weight = (torch.ones(n, 512, dtype=dtype, requires_grad=True) for n in (256, 512))
+    gradient, seconds = torch.ones(256, 512, dtype=dtype), []
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(8):
+    while len(seconds) < 8 and sum(seconds) < 0.5:
         start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
+        y = torch.nn.functional.linear(x, weight)
+        torch.autograd.grad(y, (x, weight), gradient)
         seconds.append(time.perf_counter() - start)
     torch.set_num_threads(n_threads)
-    return 2 * x.numel() * len(weight) / min(seconds) * n_threads
+    return 3 * 2 * x.numel() * len(weight) / min(seconds) * n_threads
 
 
 def tell_slow_bfloat16(config: TrainConfig):
-    """On a CPU without instructions for it (AVX2 only), bfloat16 is multiplied by a plain loop."""
+    """A CPU without instructions for it (AVX2 only) multiplies bfloat16 in plain loops, those of
+    the backward pass far slower than those of the forward pass."""
     if config.device == "cpu" and config.dtype == "bfloat16":
         slower = product_rate(torch.float32) / product_rate(torch.bfloat16)
         if slower > 1.2:

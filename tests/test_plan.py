@@ -208,18 +208,37 @@ def test_the_memory_of_a_process_is_in_gigabytes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rate_of_products_is_in_operations_a_second(monkeypatch, dtype):
-    """By a clock on which the fifth product takes a quarter of a second and the others half."""
-    ticks, used = iter([0, 0.5] * 4 + [1, 1.25] + [0, 0.5] * 3), set()
+    """By a clock on which the fifth round takes a 64th of a second and the others a 32nd."""
+    ticks, used = iter([0, 1 / 32] * 4 + [1, 1 + 1 / 64] + [0, 1 / 32] * 3), set()
     monkeypatch.setattr(
         "time.perf_counter", lambda: used.add(torch.get_num_threads()) or next(ticks)
     )
     n_threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert product_rate(dtype) == 2 * 256 * 512 * 512 / 0.25 * 3
+        assert product_rate(dtype) == 3 * 2 * 256 * 512 * 512 * 64 * 3
         assert used == {1} and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(n_threads)
+
+
+@pytest.mark.parametrize(("slow", "rounds"), [(0.75, 1), (0.25, 2), (0.01, 8)])
+def test_the_rate_of_products_is_measured_forward_and_backward_in_little_time(
+    monkeypatch, slow, rounds
+):
+    """A CPU without bfloat16 multiplies it 8 times slower forward and 100 times slower backward."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    grad = torch.autograd.grad
+
+    def slowly(y, inputs, gradient):
+        clock[0] += slow
+        calls.append([tuple(g.shape) for g in grad(y, inputs, gradient)])
+
+    monkeypatch.setattr("torch.autograd.grad", slowly)
+    rate = 3 * 2 * 256 * 512 * 512 / slow * torch.get_num_threads()
+    assert product_rate(torch.float32) == pytest.approx(rate)
+    assert calls == [[(256, 512), (512, 512)]] * rounds
 
 
 @pytest.mark.parametrize(
