@@ -93,17 +93,17 @@ STAGES = {
         Variant("0.1B", "compiled", 16384, True),
     ],
     "wide": [
-        Variant("7B/12", "eager, all twice", 8192, twice=12),
-        Variant("7B/12", "eager, none twice", 4096),
+        Variant("7B/12", "eager, all recomputed", 8192, twice=12),
+        Variant("7B/12", "eager, none recomputed", 4096),
         Variant("7B/12", "compiled, products kept", 8192, True, 12),
-        Variant("7B/12", "compiled, none twice", 4096, True),
+        Variant("7B/12", "compiled, none recomputed", 4096, True),
     ],
     "full": [
         Variant("6.7B", "compiled, products kept", 8192, True, 32),
-        Variant("6.7B", "compiled, none twice", 4096, True),
-        Variant("6.7B", "compiled, all twice", 8192, True, 32, all_again=True),
+        Variant("6.7B", "compiled, none recomputed", 4096, True),
+        Variant("6.7B", "compiled, all recomputed", 8192, True, 32, all_again=True),
     ],
-    "lora": [Variant("6.7B", "LoRA 16, eager, all twice", 8192, twice=32, lora=16)],
+    "lora": [Variant("6.7B", "LoRA 16, eager, all recomputed", 8192, twice=32, lora=16)],
     "profile": [
         Variant("1.1B", "eager", 16384),
         Variant("7B/12", "compiled, products kept", 8192, True, 12),

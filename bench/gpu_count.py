@@ -25,10 +25,10 @@ from run.flags import TrainConfig
 from run.plan import step_flops
 
 COUNTED = [
-    Variant("6.7B", "plain, all twice", 8192, twice=32, kernels=False),
-    Variant("6.7B", "eager, all twice", 8192, twice=32),
-    Variant("6.7B", "plain, none twice", 4096, kernels=False),
-    Variant("6.7B", "eager, none twice", 4096),
+    Variant("6.7B", "plain, all recomputed", 8192, twice=32, kernels=False),
+    Variant("6.7B", "eager, all recomputed", 8192, twice=32),
+    Variant("6.7B", "plain, none recomputed", 4096, kernels=False),
+    Variant("6.7B", "eager, none recomputed", 4096),
     Variant("1.1B", "plain", 16384, kernels=False),
     Variant("1.1B", "eager", 16384),
 ]
