@@ -53,6 +53,17 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
+def test_there_is_no_dropout_whatever_config_json_says(name, tmp_path):
+    write_family(name, tmp_path)
+    keys = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout")
+    keys += ("hidden_dropout", "activation_dropout", "layerdrop")
+    with_config(tmp_path, **dict.fromkeys(keys, 0.5))
+    model = Transformer.from_pretrained(tmp_path, dtype=torch.float64).train()
+    got = model(torch.tensor([GOLDEN[name]["tokens"]]))[0, -1]
+    torch.testing.assert_close(got, last_logits(write_family(name, tmp_path), name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
 def test_a_saved_tensor_has_the_name_and_shape_that_transformers_gives_it(name, tmp_path):
     """Our own reader takes names without their prefix too, and so cannot tell."""
     model = Transformer.from_pretrained(write_family(name, tmp_path))
