@@ -110,6 +110,7 @@ def texts_of(tokenizer, row: Preference) -> Texts:
         raise ValueError(NO_PROMPT)
     if row.tools and left_out([{"role": "", "tools": row.tools}], prompt):
         missing.append("tools")
+    missing += tokenizer.unused(row.template_kwargs or {})
     for answer, text in zip((row.chosen, row.rejected), responses, strict=True):
         missing += left_out(answer, text)
     return Texts(prompt, responses, tuple(dict.fromkeys(missing)))
@@ -118,8 +119,8 @@ def texts_of(tokenizer, row: Preference) -> Texts:
 def rendered(tokenizer, row: Preference) -> list[str]:
     """What the chat template makes of the prompt, and of the prompt with each answer."""
     answered = (row.prompt + answer for answer in (row.chosen, row.rejected))
-    prompt = tokenizer.apply_chat_template(row.prompt, True, row.tools)
-    return [prompt, *(tokenizer.apply_chat_template(m, False, row.tools) for m in answered)]
+    apply = functools.partial(tokenizer.apply_chat_template, **row.for_template)
+    return [apply(row.prompt, True), *map(apply, answered)]
 
 
 def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: int) -> Pair | str:
@@ -137,7 +138,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     answers = (row.chosen, row.rejected)
     said = [says(x[0]) if chat else bool(x.strip()) for x in answers]
     (chosen, had_bos), (rejected, had_bos_too) = (
-        encode_response(tokenizer, x) for x in texts.responses
+        encode_response(tokenizer, x, prompt) for x in texts.responses
     )
     if not all(said):
         return "empty response"
@@ -163,13 +164,13 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     return Pair(*arrays, row.where, row.accept, chat, cut, n_bos, texts.left_out)
 
 
-def encode_response(tokenizer, text: str) -> tuple[list[int], bool]:
-    """A response without BOS and EOS, and whether it began with BOS.
+def encode_response(tokenizer, text: str, prompt: list[int]) -> tuple[list[int], bool]:
+    """The response to a prompt, without BOS and EOS, and whether it began with BOS.
 
     EOS counts as the end where only white space follows, as a template writes it, which is never
     generated. Any other is text of the answer, for instance one that is about HTML.
     """
-    ids = tokenizer.encode(text, continuation=True)
+    ids = tokenizer.encode(text, continuation=True, after=prompt)
     had_bos = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
     if had_bos:
         ids = ids[1:]
@@ -206,8 +207,7 @@ def encode_pairs(
 ) -> tuple[list[Pair], Dropped]:
     """The pairs of a file's rows, and how many rows were dropped for which reason.
 
-    max_length is not above the model's context. Raises ValueError with the file's name where no
-    pair is left.
+    max_length: at most the model's context. Raises ValueError with the file's name if none is left.
     """
     pairs, dropped = [], Dropped()
     for row in progress(rows):
@@ -250,8 +250,8 @@ def summary(rows: list[Preference], pairs: list[Pair], dropped: Dropped, max_len
         lines.append(f"{text} (first: {first})")
     ignored = {key for row in rows for key in row.ignored}
     if used := [key for key in ("system", "input", "history") if key in ignored]:
-        text = f"warning: {' and '.join(used)} not used; tools/prepare.py puts such columns"
-        lines.append(f"{text} into the prompt")
+        text = f"warning: {' and '.join(used)} not used; tools/prepare.py --prompt {rows[0].key}"
+        lines.append(f"{text} puts such columns into the prompt")
     return lines
 
 

@@ -449,6 +449,7 @@ class Transformer(nn.Module):
         room = np.minimum(max_new_tokens, context - lengths)  # tokens that may still come
         cache = KVCache(self.config, lengths + room, device, dtype)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        ends = None if eos_id is None else torch.tensor(eos_id, device=device)
         rows = np.flatnonzero(room > 0)  # of the n prompts that are not at their end, on the host
         index = to_device(torch.from_numpy(rows), device)
         new = [torch.as_tensor(prompts[i], dtype=torch.int64) for i in rows]
@@ -464,8 +465,8 @@ class Transformer(nn.Module):
             yield tokens
             n_new, n_steps = np.ones_like(rows), n_steps + 1
             room[rows] -= 1
-            if eos_id is not None:
-                ended = ended | (tokens == eos_id)
+            if ends is not None:
+                ended = ended | torch.isin(tokens, ends)
                 if n_steps % LOOK_EVERY.get(device.type, 1) == 0:  # the host waits for a GPU here
                     room[ended.tolist()] = 0
             stays = room[rows] > 0
@@ -479,11 +480,11 @@ class Transformer(nn.Module):
     ) -> list[list[int]]:  # fmt: skip
         """The new tokens of each prompt: lists of ids of any lengths, or a tensor (B, T).
 
-        A sequence ends with eos_id (which is returned), after max_new_tokens, or where the model's
-        context is full. temperature 0 is greedy: a prompt's tokens then do not depend on the other
-        prompts. Sampling draws for all sequences at once, so the same tokens come only of the same
-        prompts together with the same state of the generator. Raises ValueError where a prompt is
-        empty or longer than the context.
+        A sequence ends with eos_id (a token or several; the one that came is returned), after
+        max_new_tokens, or where the context is full. temperature 0 is greedy: a prompt's tokens
+        then do not depend on the other prompts. Sampling draws for all sequences at once, so the
+        same tokens come only of the same prompts together with the same state of the generator.
+        Raises ValueError where a prompt is empty or longer than the context.
         """
         sampling = temperature, top_k, top_p, eos_id, generator
         tokens = [*self.stream(prompts, max_new_tokens, *sampling)]

@@ -24,25 +24,32 @@ AUTHORS_CHAT_TEMPLATE = (
 )
 # The comment's end takes the newline away, so that the template still begins a line.
 BOS_IN_FRONT = "{{ bos_token }}{# as in training #}\n"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder: NAME.jinja
 
 
-def read_chat_template(folder: Path, config: dict) -> str | None:
-    """The template of a folder whose tokenizer_config.json holds config; None without one. Of
-    several it is the default; without a default it is one that refuses whatever it is given."""
-    file, template = folder / "chat_template.jinja", config.get("chat_template")
-    if file.is_file():
-        return file.read_text("utf-8")
+def read_chat_templates(folder: Path, config: dict) -> dict[str, str]:
+    """The templates of a folder whose tokenizer_config.json holds config, by name, the first of
+    them "default" in most folders. Files win over that config, as in transformers."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if found := {name: f.read_text("utf-8") for name, f in files.items() if f.is_file()}:
+        return found
+    template = config.get("chat_template") or []
     if isinstance(template, list):  # several templates, each with a name
-        templates = {t["name"]: t["template"] for t in template}
-        if templates and "default" not in templates:
-            problem = (
-                f"tokenizer_config.json has the chat templates {', '.join(templates)}, and none is "
-                "the default: write the one that is meant into a file, and name it with "
-                "--chat-template"
-            )
-            return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
-        return templates.get("default")
-    return template
+        return {t["name"]: t["template"] for t in template}
+    return {"default": template}
+
+
+def default_of(templates: dict[str, str]) -> str | None:
+    """The default of a folder's templates; None where there are none. Where there is no default it
+    is one that refuses whatever it is given."""
+    if templates and "default" not in templates:
+        problem = (
+            f"the model has the chat templates {', '.join(templates)}, and none is the default: "
+            "write the one that is meant into a file, and name it with --chat-template"
+        )
+        return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
+    return templates.get("default")
 
 
 def read_template_file(file: Path) -> str:
@@ -84,14 +91,14 @@ def render_chat_template(
     template: str,
     messages: list[dict],
     add_generation_prompt: bool,
-    special_tokens: dict[str, str],
-    tools: list | None = None,
+    more: dict,
     date: datetime.date | None = None,
 ) -> str:
-    """A Hugging Face chat template (jinja2) filled in. date: what strftime_now tells (default:
-    today). Raises ValueError whatever goes wrong."""
+    """A Hugging Face chat template (jinja2) filled in. more: special tokens, tools and whatever
+    else it reads. date: what strftime_now tells (default: today). Raises ValueError whatever goes
+    wrong."""
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    given |= {"tools": tools, "documents": None, **special_tokens}
+    given |= {"tools": None, "documents": None, **more}
     given["strftime_now"] = (date or datetime.date.today()).strftime
     try:
         return _compile_chat_template(template).render(given)

@@ -201,3 +201,15 @@ def tools_of(value) -> list | None:
     if value and not isinstance(value, list):
         raise ValueError(f"tools must be a list, not {value!r:.40}")
     return [*map(from_json, value)] if value else None
+
+
+def kwargs_of(value) -> dict | None:
+    """The column chat_template_kwargs, what else a template is given (`enable_thinking` and the
+    like): an object, or JSON text of one; None without any. Raises ValueError."""
+    value = from_json(value) if isinstance(value, str) else value
+    if not isinstance(value, dict | None):
+        raise ValueError(f"chat_template_kwargs must be an object, not {value!r:.40}")
+    ours = ("messages", "add_generation_prompt", "tools")
+    if value and (taken := [name for name in ours if name in value]):
+        raise ValueError(f"chat_template_kwargs has {taken[0]}, which is not its own to say")
+    return value or None

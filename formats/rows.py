@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from formats.messages import looks_like_dialogue, messages_of, same, tools_of
+from formats.messages import kwargs_of, looks_like_dialogue, messages_of, same, tools_of
 
 
 class Preference(NamedTuple):
@@ -31,7 +31,13 @@ class Preference(NamedTuple):
     guessed: bool = False  # no key held the prompt: it is how both answers begin
     repeated: bool = False  # both answers began with the prompt, which is taken away from them
     tools: list | None = None  # for the chat template
+    template_kwargs: dict | None = None  # what else it is given, as in TRL
     key: str = "prompt"  # which of PROMPTS held it
+
+    @property
+    def for_template(self) -> dict:
+        """What the chat template is given beside the messages."""
+        return {"tools": self.tools, **(self.template_kwargs or {})}
 
     @property
     def file(self) -> str:
@@ -43,9 +49,9 @@ def load_preferences(path) -> list[Preference]:
 
     `instruction`, `question`, `messages` or `conversations` may stand for `prompt`, in this order.
     Where chosen and rejected are whole dialogues, the prompt is their common beginning; where they
-    are strings and no other key holds text, too. `accept` is a list of right answers (strings), and
-    `tools` goes to the chat template. Other keys are ignored, and noted in `ignored`. Raises
-    FileNotFoundError, or ValueError that begins with FILE:LINE.
+    are strings and no other key holds text, too. `accept` is a list of right answers (strings);
+    `tools` and `chat_template_kwargs` go to the chat template. Other keys are ignored, and noted in
+    `ignored`. Raises FileNotFoundError, or ValueError that begins with FILE:LINE.
     """
     path = Path(path)
     expected = "UTF-8 text, a JSON object a line, is expected (tools/prepare.py makes it)"
@@ -117,15 +123,17 @@ def preference(row, where: str) -> Preference:
             f"{name} ends with a message of the assistant, where its answer should begin: move "
             "that text into chosen and rejected, or remove the message"
         )
-    tools = tools_of(row.get("tools"))
+    tools, kwargs = tools_of(row.get("tools")), kwargs_of(row.get("chat_template_kwargs"))
     said = [m["content"] for m in prompt + chosen + rejected]
     used = [row["chosen"], row["rejected"], row.get("tools"), *said]
+    used.append(row.get("chat_template_kwargs"))
     if isinstance(given, list):
         is_used = prompt is given or _begins(chosen, given)
     else:
         is_used = (given or "").strip() in {text.strip() for text in said if text}
     used += [row.get(name)] if is_used else []
-    return Preference(prompt, *answers, accept, where, _ignored(row, used), tools=tools)
+    ignored = _ignored(row, used)
+    return Preference(prompt, *answers, accept, where, ignored, tools=tools, template_kwargs=kwargs)
 
 
 def _n_common(a: list[dict], b: list[dict]) -> int:
@@ -204,7 +212,7 @@ def _answer(key: str, prompt: list[dict], messages: list[dict]) -> list[dict]:
 def _with_text(row: dict) -> list[str]:
     """The keys, other than those of answers, that hold sentences or messages: one of them may be
     the prompt."""
-    answers = ("chosen", "rejected", "accept", "tools")
+    answers = ("chosen", "rejected", "accept", "tools", "chat_template_kwargs")
     asking = ("query", "history", "context", "input", "text", "problem", "trajectory", "post")
 
     def is_text(key: str, value) -> bool:

@@ -25,7 +25,9 @@ from formats.bpe import BPE, WordIds
 from formats.chat_template import (
     AUTHORS_CHAT_TEMPLATE,
     BOS_IN_FRONT,
-    read_chat_template,
+    MORE_TEMPLATES,
+    default_of,
+    read_chat_templates,
     read_template_file,
     render_chat_template,
 )
@@ -49,7 +51,7 @@ def load_tokenizer(path, chat_template=None) -> "Tokenizer":
     if chat_template is not None:
         template = read_template_file(Path(chat_template))
         tokenizer = load_tokenizer(path)
-        tokenizer.chat_template = template
+        tokenizer.chat_template, tokenizer.tool_use_template = template, None
         return tokenizer
     path = Path(path)
     files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
@@ -59,8 +61,10 @@ def load_tokenizer(path, chat_template=None) -> "Tokenizer":
         raise FileNotFoundError(f"{path}: needs {names}: none is there")
     for file in files:
         try:
-            config = optional_json(file.parent / "special_tokens_map.json")
-            config |= optional_json(file.parent / "tokenizer_config.json")
+            config = optional_json(file.parent / "tokenizer_config.json")
+            named = optional_json(file.parent / "special_tokens_map.json")
+            # As in transformers: the older file wins where the newer one does not list the tokens.
+            config = named | config if "added_tokens_decoder" in config else config | named
             if file.name in ("vocab.json", "merges.txt"):
                 return BPETokenizer(file, config, _vocab_and_merges(file.parent, config))
             if file.suffix == ".json":
@@ -159,10 +163,12 @@ class Tokenizer:
                 raise ValueError(f"token {text!r:.80} has the id {i!r:.80}")
         "".join(ids).encode()  # raises where a token is half a surrogate pair, which has no bytes
         self.vocab_size = 1 + max(ids.values())
-        template = read_chat_template(file.parent, config)
-        self.has_chat_template = bool(template)
-        self.chat_template = template or AUTHORS_CHAT_TEMPLATE
+        templates = read_chat_templates(file.parent, config)
+        self.tool_use_template = templates.get("tool_use")  # for dialogues with tools
+        self.has_chat_template = bool(default_of(templates))
+        self.chat_template = default_of(templates) or AUTHORS_CHAT_TEMPLATE
         self.text_of_added = {int(token["id"]): text for text, token in added.items()}
+        self.added_ids = {*self.text_of_added}
         self.added = self.find_added([*added.values()])
 
     def tokens_from(self, n: int) -> str:
@@ -175,14 +181,18 @@ class Tokenizer:
         """Those that are looked for in the text as it is written."""
         return AddedTokens(tokens)
 
-    def encode(self, text: str, bos=False, eos=False, continuation=False) -> list[int]:
+    def encode(self, text: str, bos=False, eos=False, continuation=False, after=()) -> list[int]:
         """Token ids. The text of a special token becomes its id, as in transformers.
 
-        continuation: the text continues another one, so nothing is put in front of it. bos and
-        eos have no effect where the tokenizer has no such token.
+        continuation: the text continues another one, whose ids may be given as `after`. Nothing is
+        put in front of it, unless that one ends with an added token: some tokenizers (Phi-3's)
+        begin a new text there, as they do where they encode both together. bos and eos have no
+        effect where the tokenizer has no such token.
         """
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         where = Where.CONTINUES if continuation else Where.START
+        if continuation and len(after) and int(after[-1]) in self.added_ids:
+            where = Where.INSIDE
         for part in self.added.split(text):
             ids += [part] if isinstance(part, int) else self.encode_text(part, where)
             where = Where.INSIDE
@@ -199,14 +209,19 @@ class Tokenizer:
         return "".join(parts)
 
     def apply_chat_template(
-        self, messages: list[dict], add_generation_prompt=False, tools: list | None = None
+        self, messages: list[dict], add_generation_prompt=False, tools: list | None = None, **more
     ) -> str:
-        """The text of a dialogue, by the model's own template, else by that of ORPO's authors.
+        """The text of a dialogue, by the model's own template (its `tool_use` where there are tools
+        and it has one), else by that of ORPO's authors. more: what else the template is given.
         Raises ValueError where the template is broken or unsafe, or refuses the messages."""
-        template, special = self.chat_template, self.special_tokens
-        return render_chat_template(
-            template, messages, add_generation_prompt, special, tools, self.date
-        )
+        template = (tools and self.tool_use_template) or self.chat_template
+        more = self.special_tokens | more | {"tools": tools}
+        return render_chat_template(template, messages, add_generation_prompt, more, self.date)
+
+    def unused(self, template_kwargs: dict) -> list[str]:
+        """Which of a row's chat_template_kwargs no template here mentions, in words."""
+        text = self.chat_template + (self.tool_use_template or "")
+        return [f"{name} of chat_template_kwargs" for name in template_kwargs if name not in text]
 
     @property
     def writes_date(self) -> bool:
@@ -214,28 +229,40 @@ class Tokenizer:
         return "strftime_now" in self.chat_template
 
     def save_chat_template(self, folder: Path):
-        """Makes this template the one of a folder of tokenizer files, and lets it begin with BOS
+        """Makes these templates those of a folder of tokenizer files, and lets them begin with BOS
         as training does (data.encode_prompt): who serves a model tokenises a template's text
-        without adding special tokens. Writes nothing where the folder has that template already."""
-        template, bos = self.chat_template, self.special_tokens.get("bos_token")
-        try:
-            question = [{"role": "user", "content": "?"}]
-            says_bos = bool(bos) and self.apply_chat_template(question, True).startswith(bos)
-        except ValueError:  # a template that wants other messages
-            says_bos = "bos_token" in template
-        if bos and not says_bos:
-            template = BOS_IN_FRONT + template
+        without adding special tokens. Writes nothing where the folder has them already."""
         config = optional_json(folder / "tokenizer_config.json")
-        if template == read_chat_template(folder, config):
+        found = read_chat_templates(folder, config)
+        ours = {"default": self.chat_template, "tool_use": self.tool_use_template}
+        kept = {name: template for name, template in found.items() if name not in ours}
+        wanted = {name: self._begun_with_bos(text) for name, text in ours.items() if text}
+        wanted |= kept
+        if wanted == found:
             return
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        more = folder / MORE_TEMPLATES
+        for name in wanted.keys() | found.keys():
+            file = folder / "chat_template.jinja" if name == "default" else more / f"{name}.jinja"
+            if name in wanted:
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(wanted[name], encoding="utf-8")
+            else:
+                file.unlink(missing_ok=True)
         if named := config.get("chat_template"):  # the only place where older readers look
             if isinstance(named, list):
-                others = [t for t in named if t["name"] != "default"]
-                named = [*others, {"name": "default", "template": template}]
+                named = [{"name": name, "template": text} for name, text in wanted.items()]
             else:
-                named = template
+                named = wanted["default"]
             write_json(folder / "tokenizer_config.json", config | {"chat_template": named})
+
+    def _begun_with_bos(self, template: str) -> str:
+        bos, question = self.special_tokens.get("bos_token"), [{"role": "user", "content": "?"}]
+        try:
+            text = render_chat_template(template, question, True, self.special_tokens, self.date)
+            says_bos = bool(bos) and text.startswith(bos)
+        except ValueError:  # a template that wants other messages
+            says_bos = "bos_token" in template
+        return BOS_IN_FRONT + template if bos and not says_bos else template
 
     def save_class(self, folder: Path):
         """Has a folder of tokenizer files name a class and steps by which transformers gets our
@@ -279,15 +306,26 @@ class Tokenizer:
             "special_tokens": {bos: token},
         }
 
-    def turn_end(self) -> str:
-        """What the chat template puts after an answer: EOS, or for instance <|im_end|>; "" where
-        the template refuses a simple dialogue."""
+    def around_answer(self) -> tuple[str, str]:
+        """What the chat template puts before an answer (Qwen3's an empty <think> block), and after
+        it up to EOS (<|im_end|> for instance). ("", "") where it refuses a simple dialogue."""
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}
         try:
-            text = self.apply_chat_template([question, answer])
+            prompt = self.apply_chat_template([question], add_generation_prompt=True)
+            before, _, after = self.apply_chat_template([question, answer]).rpartition("@@")
         except ValueError:
-            return ""
-        return text.rpartition("@@")[2].strip()
+            return "", ""
+        before = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        after = after.strip().removesuffix(self.special_tokens.get("eos_token", ""))
+        return before.strip(), after.strip()
+
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer: EOS, and what the chat template puts after an answer where
+        that is one token or begins with a special one, as an instruct model may write only that."""
+        ids = self.encode(self.around_answer()[1], continuation=True)
+        is_token = len(ids) == 1 or (len(ids) > 1 and ids[0] in self.added_ids)
+        ends = [self.eos_id, *(ids[:1] if is_token else [])]
+        return [i for i in dict.fromkeys(ends) if i is not None]
 
 
 # A word with the spaces, which sentencepiece writes as ▁, and newlines in front of it.
@@ -364,6 +402,9 @@ class BPETokenizer(Tokenizer):
         ids = optional_json(file.parent / "config.json")
         self._set_steps(config, spec, ids.get("model_type"))
         defaults = {name: ids.get(f"{name}_id") for name in ("bos_token", "eos_token")}
+        # These have no BOS of their own, and config.json may have LlamaConfig's default.
+        if config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            del defaults["bos_token"]
         vocab = self.model.vocab
         super().__init__(file, config, vocab, spec.get("added_tokens") or [], defaults)
         if not self.model.over_bytes:  # an added token is decoded like any piece: its ▁ is a space

@@ -16,13 +16,15 @@ from run.processes import gather, is_sharded, rank, reshard, world_size
 def answers(
     model, tokenizer, prompts, max_new: int, batch_tokens=8192, progress=iter, **sampling
 ) -> list[str]:
-    """The model's answer to each prompt (token ids), as text; "" where that fills the context.
+    """The model's answer to each prompt (token ids), as text without what the chat template puts
+    around an answer; "" where the prompt fills the context.
 
     Prompts of like lengths go together while they and their longest answers have batch_tokens
     tokens. Sampled answers depend on their neighbours (see Transformer.generate), and on the number
     of processes, each of which answers a share of the batches.
     """
-    texts, end, context = [""] * len(prompts), tokenizer.turn_end(), model.config.max_seq_len
+    texts, context = [""] * len(prompts), model.config.max_seq_len
+    ends, (before, after) = tokenizer.end_ids(), tokenizer.around_answer()
     batches, size = [], math.inf
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if len(prompts[i]) >= context:
@@ -41,10 +43,10 @@ def answers(
     for first in progress(range(0, len(batches), n)):  # by all together, also the last
         for batch in batches[first + own : first + own + 1]:
             rows = [prompts[i] for i in batch]
-            new = model.generate(rows, max_new, eos_id=tokenizer.eos_id, **sampling)
+            new = model.generate(rows, max_new, eos_id=ends or None, **sampling)
             for i, ids in zip(batch, new, strict=True):
-                ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
-                answered[i] = tokenizer.decode(ids).strip().removesuffix(end).strip()
+                text = tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids).strip()
+                answered[i] = text.removeprefix(before).removesuffix(after).strip()
     reshard(model)
     for share in gather(answered):
         for i, text in share.items():
@@ -74,6 +76,7 @@ def accepted(
         sampling = {"temperature": temperature, "generator": generator}
         progress = functools.partial(checked, may_stop=may_stop)
         texts = answers(model, tokenizer, prompts, longest, progress=progress, **sampling)
-        good = [text in pair.accept for text, pair in zip(texts, asked, strict=True)]
+        right = [[x.strip() for x in pair.accept] for pair in asked]  # as the answers are
+        good = [text in accept for text, accept in zip(texts, right, strict=True)]
         shares[f"eval_accepted/{name}"] = sum(good) / len(good)
     return shares

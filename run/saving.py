@@ -6,6 +6,7 @@ such a folder of it). It is written beside the others and then renamed, so that 
 name is complete. The order of pairs follows from the step, so no more state is needed.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -22,9 +23,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from data import Pair
+from formats.chat_template import MORE_TEMPLATES
 from formats.config import write_config
 from formats.files import NotWritten, optional_json, reason_of, write_json
-from model import Transformer
+from model import ModelConfig, Transformer
 from run.flags import (
     SETTINGS,
     TrainConfig,
@@ -152,6 +154,13 @@ def load_checkpoint(run: Run) -> int:
 
     def check(settings: dict, folder: Path):
         refuse_other_settings(config, settings, folder)
+        then, now = settings.get("model"), settings_of(config)["model"]
+        if then != now:  # moved, or downloaded again; the weights are the checkpoint's
+            shapes = ModelConfig.from_json(folder / "model" / "config.json"), run.model.config
+            if len({str(dataclasses.replace(x, dtype="float32")) for x in shapes}) > 1:
+                raise ValueError(f"--resume: {folder} was trained on another model than {now}")
+            if rank() == 0:
+                print(f"--resume: --model was {then}; its weights are those of {folder}")
         for name, now in run.digests.items():
             then = settings.get("pairs", run.digests)[name]
             if now != then:
@@ -235,6 +244,8 @@ def write_serving_files(folder: Path, run: Run):
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
     run.tokenizer.save_class(folder)
     # Messages get BOS from the chat template, and strings from the tokenizer.
     if run.chat:

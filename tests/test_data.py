@@ -56,7 +56,7 @@ class Letters:
 
     bos_id, eos_id = 1, 2
 
-    def encode(self, text, continuation=False):
+    def encode(self, text, continuation=False, after=()):
         return [ord(c) for c in text]
 
 
@@ -200,6 +200,14 @@ BAD_ROWS = {  # what: (the row, words of the complaint)
     "images beside the text": (row(images=["a.jpg"]), "images is not text"),
     "KTO's": ({"prompt": "q", "completion": "a", "label": True}, "unpaired ratings"),
     "tools that are no list": (row([Q], [YES], [NO], tools={"a": 1}), "tools must be a list"),
+    "kwargs that are no object": (
+        row([Q], [YES], [NO], chat_template_kwargs=[1]),
+        "chat_template_kwargs must be an object",
+    ),
+    "kwargs of ours": (
+        row([Q], [YES], [NO], chat_template_kwargs={"tools": []}),
+        "chat_template_kwargs has tools",
+    ),
     "tools that are no JSON": (row([Q], [YES], [NO], tools="weather"), "tools is text, but not"),
     "the answer is the user's": (row([Q], [user("x")], [NO]), not_an_answer("chosen", "u", 1)),
     "two answers": (row([Q], [YES], [NO, NO]), not_an_answer("rejected", "aa", 1)),
@@ -667,6 +675,25 @@ def test_tools_and_all_keys_of_a_message_reach_the_template(make_tokenizer):
     pair = encode_pair(t, loaded, 99, 99)
     assert t.decode(pair.prompt[1:]) == "weather[q]" and t.decode(pair.chosen[:-1]) == "[Lima]"
     assert t.decode(pair.rejected[:-1]) == "[no]"
+
+
+def test_chat_template_kwargs_of_a_row_reach_the_template_and_unknown_ones_are_named(
+    make_tokenizer, tmp_path
+):
+    """SmolLM3's own preference data has them; without them its template asks for a <think>."""
+    template = (
+        "{% if enable_thinking is defined and not enable_thinking %}/no{% endif %}{{ more }}"
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    t = make_tokenizer(chat_template=template)
+    kwargs = {"enable_thinking": False, "more": "brief", "depth": 3}
+    line = row([Q], [YES], [NO], chat_template_kwargs=kwargs)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line))
+    (loaded,) = load_preferences(tmp_path / "rows.jsonl")
+    assert not loaded.ignored
+    pair = encode_pair(t, loaded, 99, 99)
+    assert t.decode(pair.prompt[1:]) == "/nobrief[q]"
+    assert pair.left_out == ("depth of chat_template_kwargs",)
 
 
 # -----------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_only_an_exact_answer_is_accepted(said, monkeypatch):
         lambda *args, temperature, **_: ["x", "yz"] if temperature else ["x", said],
     )
     pair = data.Pair([1, 5], [6, 2], [7, 2])
-    pairs = [pair._replace(accept=accept) for accept in (["x"], None, ["z", "yz"])]
+    pairs = [pair._replace(accept=accept) for accept in ([" x\n"], None, ["z", "yz"])]
     shares = accepted(Transformer(ModelConfig(10, 8, 1, 1, 8)), None, pairs, 0)
     assert shares == {"eval_accepted/sampled": 1.0, "eval_accepted/greedy": 0.5}
 

@@ -152,6 +152,15 @@ def test_prepare_says_which_columns_became_what(tmp_path):
     assert "1 from instruction and input as the user's message\n" in printed
 
 
+def test_prepare_warns_where_only_some_rows_get_the_template(tmp_path):
+    rows = [{"prompt": "2+2?"} | FOUR, {"prompt": "2+2?", "system": "Be brief."} | FOUR]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert f"warning: 1 rows are text (first: {tmp_path / 'rows.jsonl'}:1)" in printed
+    printed = prepared(tmp_path / "rows.jsonl", "--prompt", "prompt", "--out", tmp_path / "out")
+    assert "rows are text" not in printed
+
+
 def test_prepare_counts_rows_that_it_cannot_use_with_the_first_ones_line(tmp_path):
     image = [{"type": "image", "url": "x"}]
     bad = [
@@ -208,6 +217,7 @@ HUB = ("README.md", "dataset_infos.json", ".cache/x/train.jsonl", "data/test-000
         (["train.jsonl", "test.jsonl"], [], [0]),
         (["helpful/train.jsonl", "harmless/train.jsonl"], [], [1, 0]),
         (["train_prefs-00000-of-00001.jsonl"], [], [0]),
+        (["a/llama_3.1_no-00000-of-00001.jsonl"], ["--split", "llama_3.1_no"], [0]),
         (["default/train/0000.jsonl", "default/test/0000.jsonl"], [], [0]),
         (["train_prefs-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"], [], None),
         (["train_prefs-00000-of-00001.jsonl", "train_sft.jsonl"], ["--split", "train_sft"], [1]),
@@ -286,6 +296,9 @@ def test_sample_writes_alpacaeval_and_mt_bench_files(tmp_path):
     run(sample, BASE, "--file", tmp_path / "alpaca.json", *options, tmp_path / "a.json")
     run(sample, BASE, "--file", tmp_path / "mt.jsonl", *options, tmp_path / "m.jsonl")
     alpaca = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "input.json").write_text(json.dumps([{"instruction": "Who", "input": "is it?"}]))
+    run(sample, BASE, "--file", tmp_path / "input.json", *options, tmp_path / "i.json")
+    assert json.loads((tmp_path / "i.json").read_text())[0]["instruction"] == "Who\n\nis it?"
     assert [set(row) for row in alpaca] == [{"instruction", "output", "generator"}] * 2
     assert alpaca[0]["instruction"] == PERU and alpaca[0]["generator"] == "tiny"
     (judged,) = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
@@ -308,8 +321,11 @@ class Words:
     def decode(self, ids):
         return "".join(f" {self.words[i]}" for i in ids)
 
-    def turn_end(self):
-        return "</s>"
+    def end_ids(self):
+        return [1]
+
+    def around_answer(self):
+        return "", ""
 
     def apply_chat_template(self, messages, add_generation_prompt=False):
         said = [f"[ {m['content']} ]" if m["role"] == "user" else m["content"] for m in messages]
@@ -443,6 +459,7 @@ def test_sample_says_what_is_wrong_with_its_input(tmp_path):
     error = run(sample, *words, "--out", tmp_path / "no" / "a", code=2)[1]
     assert f"there is no folder {tmp_path / 'no'}" in error
     asks_nothing = "row 1 has no instruction, prompt, question or turns"
+    assert "this is a folder" in run(sample, *words, "--out", tmp_path, code=2)[1]
     for text, problem in (
         ("", "no questions in it"),
         ("{", "neither JSON nor JSON Lines"),

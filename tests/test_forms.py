@@ -206,6 +206,14 @@ FORMS = {  # what: (the row, the row as written)
             "tools": TOOLS,
         },
     ),
+    "SmolTalk's with template arguments": (
+        GARDA | {"chat_template_kwargs": {"enable_thinking": False}},
+        GARDA | {"chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    "an empty system column": (
+        {"system": "", "prompt": "Name a lake.", "chosen": "Garda.", "rejected": "No."},
+        GARDA,
+    ),
     "TRL's with tools": (GARDA | {"tools": TOOLS},) * 2,
     "a struct of lists": (
         {

@@ -210,8 +210,21 @@ def test_an_answer_is_without_the_end_that_its_template_writes(folder, monkeypat
     tokenizer = data.load_tokenizer(folder / "model")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     monkeypatch.setattr(tokenizer, "decode", lambda ids: "Lima.<|im_end|>\n")
-    assert tokenizer.turn_end() == "<|im_end|>"
+    assert tokenizer.around_answer() == ("", "<|im_end|>")
     assert answers(model, tokenizer, [[1, 5]], 3) == ["Lima."]
+
+
+def test_an_answer_ends_with_any_of_the_tokens_that_end_one(folder, monkeypatch):
+    """An instruct model as published may write only the token of its template, and never EOS."""
+    model = Transformer.from_pretrained(folder / "model")
+    tokenizer = data.load_tokenizer(folder / "model")
+    written = answers(model, tokenizer, [[1, 5]], 8)[0]
+    ids = model.generate([[1, 5]], 8)[0]
+    monkeypatch.setattr(tokenizer, "end_ids", lambda: [tokenizer.eos_id, ids[3]])
+    n = ids.index(ids[3])
+    assert model.generate([[1, 5]], 8, eos_id=[ids[3], 0]) == [ids[: n + 1]]
+    cut = answers(model, tokenizer, [[1, 5]], 8)[0]
+    assert cut == tokenizer.decode(ids[:n]).strip() != written
 
 
 def test_a_prompt_that_fills_the_context_has_no_answer(folder):

@@ -250,6 +250,38 @@ def test_several_templates_without_a_default_are_refused_by_name(tiny_tokenizer,
     assert load_tokenizer(tmp_path).apply_chat_template([Q]) == "d"
 
 
+@pytest.mark.parametrize("in_files", [False, True])
+def test_dialogues_with_tools_get_the_template_for_them(in_files, tiny_tokenizer, tmp_path):
+    """Hermes has one beside its default, in a list or in files; a server given tools takes it."""
+    for file in tiny_tokenizer.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named = {"default": "d", "tool_use": "t{{ bos_token }}", "rag": "r"}
+    if in_files:
+        (tmp_path / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            file = tmp_path / "additional_chat_templates" / f"{name}.jinja"
+            file.write_text(named[name])
+        (tmp_path / "chat_template.jinja").write_text("d")
+    else:
+        config["chat_template"] = [{"name": n, "template": text} for n, text in named.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    tools = [{"name": "look"}]
+    assert tokenizer.apply_chat_template([Q]) == "d"
+    assert tokenizer.apply_chat_template([Q], tools=tools) == "t<s>"
+    tokenizer.save_chat_template(tmp_path)  # both begin with BOS where training puts it
+    again = load_tokenizer(tmp_path)
+    assert again.apply_chat_template([Q]) == "<s>d"
+    assert again.apply_chat_template([Q], tools=tools) == "<s>t<s>"
+    assert (tmp_path / "additional_chat_templates" / "rag.jinja").read_text() == "r"
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}mine")
+    mine = load_tokenizer(tmp_path, tmp_path / "mine.jinja")
+    assert mine.apply_chat_template([Q], tools=tools) == "<s>mine"
+    mine.save_chat_template(tmp_path)  # so that a server does not take the other one
+    assert load_tokenizer(tmp_path).apply_chat_template([Q], tools=tools) == "<s>mine"
+
+
 def test_a_template_is_told_the_day_that_is_set(tiny_tokenizer):
     tokenizer = load_tokenizer(tiny_tokenizer)
     assert not tokenizer.writes_date

@@ -6,6 +6,7 @@ sentencepiece's is the model that conftest.py trains (0 <unk>, 1 <s>, 2 </s>, 40
 
 import json
 import random
+import shutil
 import struct
 import time
 
@@ -756,6 +757,10 @@ def test_a_template_of_one_s_own_is_read_with_the_tokenizer(tiny_tokenizer, tmp_
 BOS_ONCE = "{{ bos_token }}" + MINE
 
 
+def contents(folder) -> dict:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.mark.parametrize(
     "config, wanted",
     [
@@ -775,18 +780,19 @@ BOS_ONCE = "{{ bos_token }}" + MINE
 def test_the_template_that_is_saved_begins_with_bos(config, wanted, make_tokenizer, tmp_path):
     """Files whose template does so already stay as they are."""
     t, folder = make_tokenizer(**config), tmp_path / "made"
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = contents(folder)
     t.save_chat_template(folder)
     saved = load_tokenizer(folder)
     if wanted is not None:
         assert saved.apply_chat_template([{"role": "user", "content": "a"}]) == wanted
-    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    after = contents(folder)
     same = wanted is None or wanted == "mine a;" or config.get("chat_template") == BOS_ONCE
     assert (after == before) == same
     saved.save_chat_template(folder)  # once more changes nothing
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == after
+    assert contents(folder) == after
     if not same and "chat_template" in config:  # for readers that know no chat_template.jinja
         (folder / "chat_template.jinja").unlink()
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
         assert load_tokenizer(folder).chat_template == saved.chat_template
 
 
@@ -820,11 +826,69 @@ def test_a_large_tokenizer_json_loads_in_two_seconds(tmp_path):
     assert t.vocab_size == 256 + len(merges) > 150_000
 
 
-def test_tokenizer_config_wins_over_special_tokens_map(make_tokenizer):
+@pytest.mark.parametrize(
+    ("more", "bos"),
+    [({}, 400), ({"added_tokens_decoder": {"401": {"content": "<config>"}}}, 401)],
+    ids=["older", "newer"],
+)
+def test_of_two_files_with_special_tokens_the_one_wins_that_wins_in_transformers(
+    more, bos, make_tokenizer
+):
+    """tokenizer_config.json only where it lists the added tokens, too."""
     files = {"special_tokens_map.json": {"bos_token": "<map>", "eos_token": "<map>"}}
-    files |= {"tokenizer_config.json": {"bos_token": "<config>"}}
+    files |= {"tokenizer_config.json": {"bos_token": "<config>"} | more}
     t = make_tokenizer(files | {"added_tokens.json": {"<map>": 400, "<config>": 401}})
-    assert (t.bos_id, t.eos_id) == (401, 400)
+    assert (t.bos_id, t.eos_id) == (bos, 400)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bos"),
+    [("PreTrainedTokenizerFast", None), ("TokenizersBackend", None), ("LlamaTokenizer", 1)],
+)
+def test_a_default_of_config_json_makes_no_token_bos_of_a_class_that_has_none(kind, bos, tmp_path):
+    """LlamaConfig's bos_token_id is 1, which is any token of a vocabulary that was made anew."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(llama2()))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, 2)
+
+
+def test_a_response_begins_anew_after_an_added_token(make_json):
+    """Phi-3's <|assistant|> takes the newline after it, and its normalizer begins words with ▁."""
+    spec = llama2()
+    spec["added_tokens"].append({"id": 300, "content": "<|assistant|>", "rstrip": True})
+    tokenizer = make_json(spec, model_type="phi3")
+    prompt, whole = "the<|assistant|>\n", "the<|assistant|>\nthe"
+    ids = tokenizer.encode(prompt)
+    assert ids[-1] == 300
+    assert ids + tokenizer.encode("the", continuation=True, after=ids) == tokenizer.encode(whole)
+    before = tokenizer.encode("the")  # which continues "the", and nothing is put between the two
+    after = tokenizer.encode("the", continuation=True, after=before)
+    assert after == tokenizer.encode("the", continuation=True) != before
+
+
+@pytest.mark.parametrize(
+    ("template", "around", "ends"),
+    [
+        # Phi-3's; ChatML with EOS of another name; Qwen3's; one with no end of its own
+        ("{{ c }}<|end|>\n{% if loop.last and not add_generation_prompt %}</s>{% endif %}",
+         ("", "<|end|>"), [2, 300]),
+        ("{{ c }}<|end|>\n", ("", "<|end|>"), [2, 300]),
+        ("{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ c }}</s>",
+         ("<think>\n\n</think>", ""), [2]),
+        ("{{ c }}</turn>\n</s>", ("", "</turn>"), [2]),
+        ("{{ c }}", ("", ""), [2]),
+        ("{{ raise_exception('no') }}", ("", ""), [2]),
+    ],
+)  # fmt: skip
+def test_what_a_template_puts_around_an_answer_is_no_part_of_it(template, around, ends, make_json):
+    spec = llama2()
+    spec["added_tokens"].append({"id": 300, "content": "<|end|>", "rstrip": True})
+    loop = "{% for m in messages %}{% set c = m.content %}" + template + "{% endfor %}"
+    tokenizer = make_json(spec, eos_token="</s>", chat_template=loop)
+    assert tokenizer.around_answer() == around
+    assert tokenizer.end_ids() == ends
 
 
 def test_merges_of_the_number_sign_are_no_comments(tmp_path):

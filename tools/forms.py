@@ -58,7 +58,8 @@ def convert(
         check_hh(row["chosen"], row["rejected"])
         form = form or "dialogues as text (HH-RLHF)"
     if column == "chosen":  # both answers begin with the question
-        known = {key: row[key] for key in ("chosen", "rejected", "accept", "tools") if key in row}
+        kept = ("chosen", "rejected", "accept", "tools", "chat_template_kwargs")
+        known = {key: row[key] for key in kept if key in row}
         found, made = preference(known, where), ""
         found = found._replace(ignored=tuple(key for key in row if key not in known))
     else:
@@ -112,7 +113,7 @@ def ask(row: dict, column: str | None) -> tuple[dict, str]:
         prompt = prompt if prompt[-1]["content"] else prompt[:-1]  # "Assistant:" asks for more
         sides = tuple(hh_text(side) if texts else side for side in sides)
         form = "a dialogue as text (HH-RLHF) and its answers"
-    chat = bool(row.get("system") or row.get("history") or tools_of(row.get("tools")))
+    chat = "system" in row or bool(row.get("history") or tools_of(row.get("tools")))
     asks = chat or column is not None or name != "prompt"  # else it is a text to be continued
     if isinstance(prompt, str) and (last_answers or (texts and asks)):
         form = f"{name} as the user's message"

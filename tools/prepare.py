@@ -18,8 +18,8 @@ read as
     others      HH-RLHF, UltraFeedback with scores, SHP, PKU-SafeRLHF, HelpSteer, Nectar, OpenAI's
                 and more: docs/recipes.md has the table
 
-and written as prompt, chosen, rejected (and accept, tools). What cannot be used is counted by
-reason, and what is ignored by column.
+and written as prompt, chosen, rejected (and accept, tools, chat_template_kwargs). What cannot be
+used is counted by reason, and what is ignored by column.
 """
 
 import gzip
@@ -58,7 +58,8 @@ def files_of(path: Path, split: str | None) -> list[Path]:
         parts = file.relative_to(path).parts
         hidden = any(part.startswith(".") for part in parts)
         if file.name.endswith(SUFFIXES) and file.name not in ABOUT and not hidden:
-            name = re.split(r"-\d+-of-\d+|\.", file.name)[0]
+            shard = re.fullmatch(r"(.+?)-\d+-of-\d+.*", file.name)
+            name = shard[1] if shard else file.name.split(".")[0]
             from_folder = name.isdigit() or (name == "data" and file.suffix == ".arrow")
             splits.setdefault(file.parent.name if from_folder else name, []).append(file)
     if not splits:
@@ -131,6 +132,7 @@ def line_of(row: Preference) -> bytes:
     text has half a surrogate pair, which is nothing in UTF-8."""
     kept = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
     kept |= {"accept": row.accept, "tools": row.tools}
+    kept["chat_template_kwargs"] = row.template_kwargs
     kept = {key: value for key, value in kept.items() if value is not None}
     return json.dumps(kept, ensure_ascii=False, default=str).encode() + b"\n"
 
@@ -201,6 +203,10 @@ def prepare(
     print(f"{out}: {len(rows)} pairs of {n} rows")
     for form, k in forms.most_common():
         print(f"  {k} from {form}")
+    texts = [row.where for row in rows if isinstance(row.prompt, str)]
+    if 0 < len(texts) < len(rows):
+        text = f"{len(texts)} rows are text (first: {texts[0]}), and the others are messages: only"
+        print(f"  warning: {text} these get the chat template; --prompt prompt makes all messages")
     lines = [f"dropped: {line}" for line in dropped.lines()]
     lines += [f"warning: {line}" for line in odd.lines()]
     for line in lines + warnings_of(rows):

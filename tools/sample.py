@@ -52,9 +52,7 @@ def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:
     """Prints an answer as it comes, and returns it."""
     new, shown = [], ""
     # decoded after a fixed token, so that no leading space is taken away
-    head, end = tokenizer.decode(ids[-1:]), tokenizer.turn_end()
-    end_ids = tokenizer.encode(end, continuation=True)
-    ends = {tokenizer.eos_id, *(end_ids if len(end_ids) == 1 else [])}
+    head, ends = tokenizer.decode(ids[-1:]), tokenizer.end_ids()
     for token in model.stream([ids], max_new, **sampling):
         if token.item() in ends:
             break
@@ -91,7 +89,10 @@ def turns_of(row: dict) -> list:
     if isinstance(turns := row.get("turns"), list) and turns:
         return turns
     keys = ("turns", "instruction", "prompt", "question")
-    return [x for key in keys if (x := row.get(key))][:1]
+    asked = [x for key in keys if (x := row.get(key))][:1]
+    if asked and (more := row.get("input")):  # Alpaca's, joined as tools/prepare.py joins it
+        return [f"{asked[0]}\n\n{more}"] if isinstance(asked[0], str) else asked
+    return asked
 
 
 def answer_file(
@@ -192,6 +193,8 @@ def main(argv=None):
             raise ValueError("--file and --out belong together")
         if args.out and not args.out.absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+        if args.out and args.out.is_dir():
+            raise ValueError(f"--out {args.out}: this is a folder; name a file for the answers")
         dtype = torch.bfloat16 if has_bfloat16(torch.device(args.device)) else torch.float32
         args.model = model_folder(args.model)
         model = Transformer.from_pretrained(args.model, args.device, dtype)
@@ -203,6 +206,8 @@ def main(argv=None):
     # train.py writes the authors' template into the folder of a model trained on messages with it.
     own = (args.model / "chat_template.jinja").is_file()
     plain = args.plain or (not tokenizer.has_chat_template and not own)
+    if not plain:
+        complain("asks by the model's chat template; --plain asks by the text only")
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     options = {"max_new": args.max_new_tokens, **sampling}
@@ -219,7 +224,11 @@ def main(argv=None):
             sys.exit(2)
         lines = "turns" in rows[0]
         text = "\n".join(map(json.dumps, made)) if lines else json.dumps(made, indent=1)
-        args.out.write_text(text + "\n", encoding="utf-8")
+        try:
+            args.out.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            complain(error)
+            sys.exit(2)
         return print(f"{args.out}: {len(made)} answers")
     talk(model, tokenizer, args.question, plain, **options)
 

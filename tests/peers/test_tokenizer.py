@@ -382,6 +382,25 @@ def test_tools_and_their_calls_render_as_in_transformers(tmp_path):
     assert 'the \\"map\\"' in wanted and "Look." in wanted and '"look"' in wanted
 
 
+def test_a_template_for_tools_is_taken_as_in_transformers_before_and_after_saving(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    bytes_with_bos(tmp_path / "a")
+    file = tmp_path / "a" / "tokenizer_config.json"
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": TOOL_CALLS}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": named}))
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    for bos in ("", "<s>"):
+        ours = data.load_tokenizer(tmp_path / "a")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+        for given in (None, tools):
+            text = ours.apply_chat_template(QUESTION, True, given)
+            assert text == theirs.apply_chat_template(
+                QUESTION, tools=given, tokenize=False, add_generation_prompt=True
+            )
+            assert text.startswith(bos + ("{" if given else "d"))
+        ours.save_chat_template(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -3,6 +3,7 @@ the tokenizers library: the same ids for hard texts, and the same text back."""
 
 import json
 import random
+import re
 
 import pytest
 
@@ -228,6 +229,26 @@ def test_ids_over_bytes(name, tmp_path):
 @pytest.mark.parametrize("name", OVER_CHARACTERS)
 def test_ids_over_characters(name, tmp_path):
     compare(write(tmp_path, *OVER_CHARACTERS[name], over_bytes=False), tmp_path)
+
+
+@pytest.mark.parametrize("name", [*OVER_BYTES, *OVER_CHARACTERS])
+def test_a_response_after_a_special_token_has_the_ids_of_the_whole_text(name, tmp_path):
+    """Phi-3's generation prompt ends with one, after which its normalizer puts ▁ before a word."""
+    if name in OVER_BYTES:
+        theirs = write(tmp_path, *OVER_BYTES[name], LEVEL | {"add_prefix_space": True}, True)
+    else:
+        theirs = write(tmp_path, *OVER_CHARACTERS[name], False)
+    ours, n = load_tokenizer(tmp_path), 0
+    for text in hard_texts(500):
+        for m in re.finditer(r"<s>|</s>\s*|<\|user\|>\s*", text):
+            prompt, response = text[: m.end()], text[m.end() :]
+            ids = ours.encode(prompt)
+            whole = theirs.encode(text, add_special_tokens=False).ids
+            if response and whole[: len(ids)] == ids:
+                n += 1
+                both = ids + ours.encode(response, continuation=True, after=ids)
+                assert both == whole, (prompt, response)
+    assert n > 50
 
 
 @pytest.mark.parametrize("unknown", [{}, {"unk_token": "a"}, {"unk_token": "a", "fuse_unk": True}])
