@@ -223,6 +223,8 @@ def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
             continue
         if name == "date" and before is None:  # a run of an older version, which did not keep it
             continue
+        if name == "model" and where.parent.name == "checkpoints":  # which has the weights
+            continue  # load_checkpoint compares what they belong to
         advice = ""
         if name in LENGTHS:
             advice = (

@@ -279,11 +279,13 @@ def is_finished(out: Path, config: TrainConfig) -> bool:
     restorable = bool(checkpoints(out))
     if not (out / FINISHED).exists() or (restorable and not (out / "model").is_dir()):
         return False
-    if any(getattr(config, name) != then.get(name) for name in LENGTHS):
-        if not restorable:
-            raise ValueError(
-                f"--resume: {out} is finished and has no checkpoint; train longer by a new run "
-                f"with --model {out / 'model'}"
-            )
-        return False
-    return True
+    longer = any(getattr(config, name) != then.get(name) for name in LENGTHS)
+    if longer and not restorable:
+        raise ValueError(
+            f"--resume: {out} is finished and has no checkpoint; train longer by a new run "
+            f"with --model {out / 'model'}"
+        )
+    adapters = config.lora_adapters and not (out / "adapters").is_dir()
+    if adapters and not restorable:
+        raise ValueError(f"--lora-adapters: {out} is finished, and no checkpoint has them")
+    return not (longer or adapters)

@@ -96,6 +96,20 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def is_one_of_several() -> bool:
+    """Whether this is a process of torchrun, or of a scheduler that sets the same variables; some
+    set WORLD_SIZE=1 for a single process, and some no LOCAL_RANK. Raises ValueError."""
+    n = os.environ.get("WORLD_SIZE")
+    if n is None or (n == "1" and "LOCAL_RANK" not in os.environ):
+        return False
+    if lacking := [x for x in ("RANK", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]:
+        raise ValueError(
+            f"the environment has WORLD_SIZE={n}, but no {' and no '.join(lacking)}: start with "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    return True
+
+
 def pick_device(config: TrainConfig) -> torch.device:
     """Sets config.device and config.dtype where they are left open; joins torchrun's processes.
 
@@ -108,7 +122,7 @@ def pick_device(config: TrainConfig) -> torch.device:
         raise ValueError(f"--device {wanted}: unknown; use cpu, cuda or cuda:1") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {wanted}: only cpu and cuda are supported")
-    several = "WORLD_SIZE" in os.environ  # torchrun says so
+    several = is_one_of_several()
     if config.eval_only and not several:  # which --config OUT/run.json may say
         config.shard = False
     if config.shard and not several:
@@ -117,7 +131,7 @@ def pick_device(config: TrainConfig) -> torch.device:
         if several and device.index is not None:
             raise ValueError(f"--device {wanted}: torchrun gives each process its own: use cuda")
         # With its index: a device without one means the current GPU, and set_device refuses it.
-        index = int(os.environ["LOCAL_RANK"]) if several else device.index or 0
+        index = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
         n = torch.cuda.device_count()
         if index >= n:
             which = f" (local rank {index})" if several else ""

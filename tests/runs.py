@@ -104,11 +104,14 @@ def evaluates_to(monkeypatch, *losses: float):
 # In processes of its own.
 
 
-def start(n: int, arguments: list[str], script: Path = ROOT / "train.py") -> subprocess.Popen:
-    """train.py on n processes; 1 is without torchrun."""
+def start(
+    n: int, arguments: list[str], script: Path = ROOT / "train.py", torchrun: list[str] = ()
+) -> subprocess.Popen:
+    """train.py on n processes; 1 is without torchrun, whose own flags may be given."""
     words = [sys.executable]
     if n > 1:
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        words += torchrun
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     environment = os.environ | environment
     words += [str(script), *arguments]

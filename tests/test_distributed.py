@@ -347,6 +347,36 @@ def test_sharding_needs_several_processes(folder, tmp_path, capsys):
     assert "torchrun --nproc-per-node" in fails(capsys, arguments)
 
 
+def test_a_scheduler_s_variables_for_one_process_start_one(folder, tmp_path, monkeypatch):
+    """Kubernetes' training jobs set these four and no LOCAL_RANK, also where there is one pod."""
+    names = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert run([*files(folder), "--max-steps", "1", "--out", str(tmp_path / "out")])
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_world_size_without_the_rest_is_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    error = fails(capsys, [*files(folder), "--out", str(tmp_path / "out")])
+    assert "WORLD_SIZE=8, but no MASTER_ADDR and no MASTER_PORT: start with torchrun" in error
+
+
+@pytest.mark.slow
+def test_torchrun_hands_on_a_signal_of_slurm_where_it_is_told_to(folder, tmp_path):
+    """By itself it dies of SIGUSR1, and leaves its processes to whoever finds them."""
+    out = tmp_path / "out"
+    arguments = [*files(folder), "--max-steps", "9999", "--save-every", "0", "--out", str(out)]
+    process = start(2, arguments, torchrun=["--signals-to-handle", "SIGTERM,SIGUSR1"])
+    while len(rows_of(out / "metrics.jsonl")) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    printed, errors = process.communicate(timeout=60)
+    assert "SIGUSR1: stopped after step" in printed, errors
+    assert [*(out / "checkpoints").glob("step-*")]
+
+
 def test_a_process_that_loses_another_says_so_in_a_sentence(folder, tmp_path, monkeypatch):
     """Without torchrun, which would end the other process itself, with lines of its own."""
     with socket.socket() as s:

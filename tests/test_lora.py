@@ -382,6 +382,43 @@ def test_resuming_on_another_base_is_refused(folder, arguments, tmp_path, monkey
     assert "was trained on another model than" in fails(capsys, [*arguments, "--resume"])
 
 
+def test_a_model_that_has_moved_is_resumed_on_and_another_shape_is_not(
+    folder, arguments, tmp_path, monkeypatch, capsys
+):
+    """The checkpoint has what was trained; what was frozen is compared, and so are the shapes."""
+    arguments += ["--save-every", "4", *LORA]
+    whole = run(arguments, "--out", str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 6)
+        run(arguments)
+    other = shutil.copytree(folder / "model", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    Transformer(ModelConfig.from_json(other / "config.json")).save_pretrained(other)
+    theta = 77.0 + config.get("rope_theta", 0)
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": theta}))
+    error = fails(capsys, [*arguments, "--resume", "--model", str(other)])
+    assert "was trained on another model than" in error
+    moved = shutil.copytree(folder / "model", tmp_path / "moved")
+    rows = run(arguments, "--resume", "--model", str(moved))
+    assert "--resume: --model was " in capsys.readouterr().out
+    assert steps(rows) == steps(whole)
+    assert file_bytes(tmp_path / "out" / "model") == file_bytes(tmp_path / "whole" / "model")
+
+
+def test_adapters_that_are_asked_for_after_the_run_are_written(arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(arguments, *LORA, "--save-every", "0")
+    kept = file_bytes(out / "model")
+    error = fails(capsys, [*arguments, *LORA, "--save-every", "0", "--resume", "--lora-adapters"])
+    assert "is finished, and no checkpoint has them" in error
+    run(arguments, *LORA, "--overwrite")
+    rows = run(arguments, *LORA, "--resume", "--lora-adapters")
+    assert len(steps(rows)) == 12 and file_bytes(out / "model") == kept
+    assert (out / "adapters" / "adapter_model.safetensors").is_file()
+    run(arguments, *LORA, "--resume", "--lora-adapters")
+    assert "this run is finished" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(folder, tmp_path):
     rows = []
