@@ -77,7 +77,7 @@ VARIANTS = {
         "TRL + Liger, tuned",
         ["bench.peers", "--serve", "liger"],
         TUNED,
-        "the same with Liger's LigerFusedLinearORPOLoss in place of logits and loss",
+        "the same with Liger's LigerFusedLinearORPOLoss in place of logits and loss, not compiled",
     ),
     "compiled": Variant(
         "TRL, tuned and compiled",
@@ -146,7 +146,7 @@ def with_liger(Trainer):
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
     class Fused(Trainer):
-        fused = LigerFusedLinearORPOLoss(beta=LAM, compiled=False, chunk_size=2)
+        fused = LigerFusedLinearORPOLoss(beta=LAM, compiled=False)  # which needs a C++ compiler
 
         def get_batch_loss_metrics(self, model, batch, train_eval="train"):
             both = self.concatenated_inputs(

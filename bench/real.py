@@ -5,8 +5,8 @@
 
 Both programs get the same token ids, in the same order, with the same loss (`--sft-loss full`),
 learning rate (constant), clipping and AdamW, and each step is one micro-batch, on which TRL's
-gradient is that of the step. TRL runs as it is fastest here: without recomputation. Each run has a
-process of its own, and nothing runs beside it. What was trained is written as a model folder, and
+gradient is that of the step. TRL runs as it is fastest here: without recomputation, and glibc keeps
+its buffers for both programs. Each run has a process of its own, and nothing runs beside it. What was trained is written as a model folder, and
 this program's evaluation measures all of them on the same held-out pairs.
 """
 
@@ -27,7 +27,7 @@ import train
 from bench.step import memory_gb, positive
 from model import Transformer
 from run.flags import TrainConfig, page_parser
-from run.processes import pick_device
+from run.processes import keep_freed_memory, pick_device
 from tools.report import head, table, write
 
 LIMITS = 512, 256  # tokens of a pair's longer sequence, of its prompt
@@ -85,6 +85,7 @@ def trl(args, folder: Path) -> list[float]:
 
     from tests.peers import trl_orpo
 
+    keep_freed_memory()
     marks = []
 
     class Clock(TrainerCallback):
