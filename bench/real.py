@@ -6,8 +6,9 @@
 Both programs get the same token ids, in the same order, with the same loss (`--sft-loss full`),
 learning rate (constant), clipping and AdamW, and each step is one micro-batch, on which TRL's
 gradient is that of the step. TRL runs as it is fastest here: without recomputation, and glibc keeps
-its buffers for both programs. Each run has a process of its own, and nothing runs beside it. What was trained is written as a model folder, and
-this program's evaluation measures all of them on the same held-out pairs.
+its buffers for both programs. Each run has a process of its own, and nothing runs beside it. What
+was trained is written as a model folder, and this program's evaluation measures all of them on the
+same held-out pairs.
 """
 
 import argparse

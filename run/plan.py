@@ -180,7 +180,9 @@ def time_line(model: Transformer, n_flops: float, config: TrainConfig) -> str:
     share = min(model.checkpointed_blocks, model.config.n_layers) / model.config.n_layers
     if config.compile and keeps_products(model, config.shard):
         share = 0
-    seconds = n_flops * (1 + share / 3) / rate / world_size()
+    # The forward pass again: a third of the needed operations, or half of them with a frozen model.
+    again = share / (2 if config.lora_rank else 3)
+    seconds = n_flops * (1 + again) / rate / world_size()
     return (
         f"{n_flops:.2g} operations: {timedelta(seconds=round(seconds))} if each process does "
         f"{rate / 1e12:.3g} TFLOP/s; after 3 steps the log has the measured time"

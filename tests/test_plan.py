@@ -265,7 +265,10 @@ def test_the_planned_time_has_a_third_more_where_all_blocks_are_computed_twice(m
     for blocks, seconds in ((0, "0:01:00"), (2, "0:01:10"), (4, "0:01:20")):
         model.checkpointed_blocks = blocks
         assert f" {seconds} if each process does 0.05 TFLOP/s" in time_line(model, 3e12, config)
+    config.lora_rank = 4  # a frozen weight has no gradient of its own, so the forward pass is half
+    assert " 0:01:30 if each process does" in time_line(model, 3e12, config)
     monkeypatch.setattr("run.plan.world_size", lambda: 4)
+    config.lora_rank, model.checkpointed_blocks = 0, 4
     assert " 0:00:20 if each process does" in time_line(model, 3e12, config)
 
 
