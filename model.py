@@ -34,8 +34,8 @@ from formats.files import read_json
 from formats.weights import read_weights, write_weights
 
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS |= {f"gelu_{x}": GELU_TANH for x in ("new", "fast", "accurate", "pytorch_tanh")}
 rotation_kernel = None  # on a GPU: `_rotate` as run/compiled.py compiled it
 LOOK_EVERY = {"cuda": 8}  # tokens between two looks for EOS, as the host then waits; else 1
 

@@ -28,8 +28,11 @@ def config_values(source: dict, types: dict[str, type]) -> dict:
         raise ValueError(f"quantised weights are not supported: {quantised!r:.80}")
     rope = rope_of(source)
     rope_type = rope.pop("rope_type")
-    found = {"torch_dtype": source.get("dtype"), **rope, "rope_type": rope_type}
+    found = {"torch_dtype": source.get("dtype"), **rope}
     found |= {key: value for key, value in source.items() if value is not None}
+    found["rope_type"] = rope_type  # transformers takes no notice of one beside the others
+    if source.get("is_causal") is False:
+        raise ValueError("is_causal False is not supported: its tokens see those after them")
     if source["model_type"] in ("mistral", "qwen2", "qwen3") and "sliding_window" not in source:
         found["sliding_window"] = 4096  # null is something else: no window
     for key, supported in family.supported.items():
@@ -134,7 +137,8 @@ def _windows(found: dict, values: dict) -> list:
     types = ["sliding_attention" if i >= first else "full" for i in range(n_layers)]
     if "rope_layers" in values:
         types = ["full" if rotary else "sliding_attention" for rotary in values["rope_layers"]]
-    types = found.get("layer_types", types)
+    if found["model_type"] != "phi3":  # whose code in transformers does not read it
+        types = found.get("layer_types", types)
     if not isinstance(types, list) or len(types) != n_layers:
         raise ValueError(f"layer_types must list {n_layers} layers, not {types!r:.80}")
     return [size if t == "sliding_attention" else None for t in types]
@@ -153,9 +157,11 @@ def _set_longrope(rope: dict, found: dict, values: dict):
     factor = rope.get("attention_factor") or (1 + math.log(stretched) / math.log(first)) ** 0.5
     head_dim = values.get("head_dim", values["dim"] // values["n_heads"])
     n = int(head_dim * values.get("rotary_fraction", 1)) // 2
-    short = rope.get("short_factor") or []
-    if len(short) != n or not all(_fits(x, float) for x in (*short, factor)):
-        raise ValueError(f"longrope needs {n} numbers as its short_factor, not {short!r:.80}")
+    for key in ("short_factor", "long_factor"):  # transformers reads both
+        numbers = rope.get(key) or []
+        if len(numbers) != n or not all(_fits(x, float) for x in (*numbers, factor)):
+            raise ValueError(f"longrope needs {n} numbers as its {key}, not {numbers!r:.80}")
+    short = rope["short_factor"]
     values["rope_scaling"] |= {"short_factor": short, "attention_factor": factor}
     values["max_seq_len"] = min(first, context)
 
@@ -179,6 +185,8 @@ def config_json(config) -> dict:
     rope_type = rope.get("rope_type", "default")
     if rope_type != "default":  # for transformers 4, which does not know rope_parameters
         numbers = ROPE_NUMBERS.get(rope_type, ("short_factor", "long_factor"))
+        if rope_type == "longrope":  # with these transformers 4 refuses it, and 5 needs them here
+            numbers += tuple(key for key in ("factor", "attention_factor") if key in rope)
         name = "rope_type" if rope_type == "llama3" else "type"  # as it checks for each
         kept["rope_scaling"] = {name: rope_type} | {key: rope[key] for key in numbers}
     return kept | known | {"architectures": [family.architecture], "model_type": config.family}

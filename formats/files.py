@@ -81,7 +81,7 @@ def model_folder(name) -> Path:
                 "peft's merge_and_unload and save_pretrained, or move the adapter's files away"
             )
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         return path  # whoever reads it says what is missing
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
@@ -89,8 +89,11 @@ def model_folder(name) -> Path:
     model = cache / f"models--{str(name).replace('/', '--')}"
     newest = model / "refs" / "main"
     snapshot = model / "snapshots" / (newest.read_text().strip() if newest.is_file() else "none")
-    if (snapshot / "config.json").is_file():
+    weights = [*snapshot.glob("*.safetensors"), *snapshot.glob("*.bin")]
+    if (snapshot / "config.json").is_file() and weights:  # the cache may have only the tokenizer
         return snapshot
+    if "/" not in str(name):  # gpt2 on the hub; here rather a folder that is not there
+        return path
     raise FileNotFoundError(
         f"{name}: no such folder, and no such model in the hub's cache {cache}; download it: "
         f"hf download {name} --local-dir {path.name}, and then name the folder {path.name}"

@@ -37,14 +37,9 @@ def read_weights(folder: Path, model_type: str, shapes: dict[str, torch.Size]):
     family = FAMILIES[model_type]
     expected, tied = stored_names(family, shapes), {}
     embedding = f"{family.modules.get('embed_tokens', 'embed_tokens')}.weight"
-    for file, name, tensor in _checkpoint_tensors(folder):
-        name = re.sub(r"^(model\.|transformer\.)?(decoder\.)?", "", name)
-        if "lm_head.weight" not in shapes and name in ("lm_head.weight", embedding):
-            tied[name] = tensor
-        if name == "lm_head.weight" and name not in shapes:
-            continue
-        if name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
-            continue
+
+    def parts(file, name: str, tensor: Tensor):
+        """(our name, tensor) for each parameter of ours that a stored tensor holds."""
         if name not in expected:
             raise ValueError(f"{file}: tensor {name!r} is unknown here, or is there twice")
         ours = expected.pop(name)
@@ -59,7 +54,19 @@ def read_weights(folder: Path, model_type: str, shapes: dict[str, torch.Size]):
                 f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, "
                 f"config.json asks for shape {wanted}"
             )
-        yield from zip(ours, tensor.split(rows), strict=True)
+        return zip(ours, tensor.split(rows), strict=True)
+
+    for file, name, tensor in _checkpoint_tensors(folder):
+        name = re.sub(r"^(model\.|transformer\.)?(decoder\.)?", "", name)
+        if "lm_head.weight" not in shapes and name in ("lm_head.weight", embedding):
+            tied[name] = tensor
+        if name == "lm_head.weight" and name not in shapes:
+            continue
+        if name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
+            continue
+        yield from parts(file, name, tensor)
+    if embedding in expected and "lm_head.weight" in tied:  # of two names for one, the other
+        yield from parts(folder, embedding, tied["lm_head.weight"])
     if len(tied) == 2 and not _equal(*tied.values()):
         raise ValueError(
             f"{folder}: config.json ties lm_head to the embedding, and the weights hold another "

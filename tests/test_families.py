@@ -150,6 +150,9 @@ def window(size, **more):
         (rope(rope_type="longrope", factor=8.0), "rope_type 'longrope'"),
         (rope(type="su", factor=8.0), "rope_type 'su'"),
         (longrope(short_factor=None), "longrope needs 2 numbers as its short_factor, not []"),
+        (longrope(long_factor=None), "longrope needs 2 numbers as its long_factor, not []"),
+        (rope(rope_type="yarn", factor=4.0) | {"rope_type": "default"}, "rope_type 'yarn'"),
+        ({"is_causal": False}, "is_causal False is not supported"),
         (longrope(short_factor=[1.0]), "longrope needs 2 numbers as its short_factor, not [1.0]"),
         (longrope(short_factor=[1.0, "2"]), "longrope needs 2 numbers"),
         (longrope(short_factor=[1.0, 0]), "longrope needs 2 numbers"),
@@ -165,7 +168,7 @@ def window(size, **more):
         ({"mlp_bias": "no"}, "mlp_bias cannot be 'no'"),
         (OPT | {"do_layer_norm_before": 0}, "do_layer_norm_before cannot be 0"),
         (OPT | {"word_embed_proj_dim": -8}, "word_embed_proj_dim cannot be -8"),
-        ({"hidden_act": "swish7"}, "activation 'swish7' is not supported, only silu, relu"),
+        ({"hidden_act": "swish7"}, "activation 'swish7' is not supported, only silu, swish, relu"),
         ({"hidden_act": ["silu"]}, "hidden_act cannot be ['silu']"),
         ({"vocab_size": ...}, "key 'vocab_size' is missing"),
         ({"hidden_size": ...}, "key 'hidden_size' is missing"),
@@ -367,6 +370,46 @@ def test_a_null_is_as_many_key_value_heads_as_heads(tmp_path):
     for keys, n in (({}, 4), ({"num_key_value_heads": None}, 8)):
         config = config_of(tmp_path, "smollm3", num_attention_heads=8, **keys)
         assert config.n_kv_heads == n
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma"])
+def test_a_tied_head_may_be_all_that_is_stored_of_the_embedding(name, tmp_path):
+    """Of two names for one tensor safetensors' save_model keeps the first by the alphabet."""
+    write_family(name, tmp_path)
+    tensors = dict(read_safetensors(tmp_path / "model.safetensors"))
+    (embedding,) = (key for key in tensors if key.endswith(("wte.weight", "embed_tokens.weight")))
+    tensors["lm_head.weight"] = tensors.pop(embedding).clone()
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    wanted = golden_logits(name)
+    torch.testing.assert_close(last_logits(tmp_path, name), wanted, rtol=0, atol=1e-5)
+    del tensors["lm_head.weight"]
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match="1 tensors are missing: "):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("alias", ["gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"])
+def test_an_activation_has_several_names(alias, tmp_path):
+    """GPT-2 by Megatron's converters says gelu_fast; all are gelu_new's formula."""
+    write_family("gpt2", tmp_path)
+    with_config(tmp_path, activation_function=alias)
+    got = last_logits(tmp_path, "gpt2")
+    torch.testing.assert_close(got, golden_logits("gpt2"), rtol=0, atol=5e-6)
+
+
+def test_a_number_of_longrope_stays_with_both_readers(tmp_path):
+    """transformers 5 takes rope_scaling before rope_parameters."""
+    source = GOLDEN["phi3-longrope"]["config"]
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [4.0, 8.0]}
+    given = {k: v for k, v in source.items() if k != "rope_scaling"}
+    given["rope_parameters"] = rope | {"attention_factor": 1.0, "rope_theta": 100.0}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    config = ModelConfig.from_json(tmp_path / "config.json")
+    write_config(tmp_path, config, torch.float32)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_scaling"]["attention_factor"] == 1.0
+    assert ModelConfig.from_json(tmp_path / "config.json").rope_scaling == config.rope_scaling
 
 
 def test_the_context_of_longrope_ends_with_its_short_factor(tmp_path):

@@ -237,6 +237,7 @@ def test_a_folder_counts_more_than_the_hubs_name(tmp_path, monkeypatch):
     cached = tmp_path / "hub" / "models--Org--Tiny" / "snapshots" / "none"
     cached.mkdir(parents=True)
     (cached / "config.json").write_text("{}")
+    (cached / "model.safetensors").touch()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     assert model_folder("Org/Tiny") == cached

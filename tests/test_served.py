@@ -3,6 +3,7 @@ what --model may be. With transformers and others themselves: tests/peers/test_s
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +265,14 @@ def test_a_name_of_the_hub_is_read_from_its_cache_or_told_how_to_be_downloaded(
         assert model_folder("Org/Tiny-1B") == snapshot
     rows = run([*arguments, "--model", "Org/Tiny-1B", "--max-steps", "1"])
     assert rows[-1]["step"] == 1
+    snapshot.parents[1].rename(snapshot.parents[2] / "models--gpt2")  # a name without ORG
+    snapshot = snapshot.parents[2] / "models--gpt2" / "snapshots" / "abc"
+    assert model_folder("gpt2") == snapshot and model_folder("gpt3") == Path("gpt3")
+    for file in snapshot.glob("*.safetensors"):  # somebody has downloaded the tokenizer only
+        file.unlink()
+    snapshot.parents[1].rename(snapshot.parents[2] / "models--Org--Tiny-1B")
+    message = fails(capsys, [*arguments, "--model", "Org/Tiny-1B"])
+    assert "hf download Org/Tiny-1B --local-dir Tiny-1B" in message
 
 
 def test_a_token_beyond_the_embedding_is_named_and_refused_only_where_a_row_has_it(
