@@ -351,6 +351,22 @@ class _FusedLinearORPO(torch.autograd.Function):
         return grad_hidden.mul_(grad), grad_lm_head, None, None
 
 
+def _apply(hidden: Tensor, lm_head: Tensor, needs_grad: bool, data: tuple) -> ORPOOutput:
+    """In the dtype of torch.autocast where that is on, and outside of it otherwise: it would round
+    lm_head's gradient after each group."""
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return _apply(hidden, lm_head, needs_grad, data)
+    if hidden.dtype == torch.float16:
+        raise ValueError(
+            "float16 is not supported: the gradient is formed before a loss could be scaled, and "
+            "its small numbers would become 0; use bfloat16 or float32"
+        )
+    return ORPOOutput(*_FusedLinearORPO.apply(hidden, lm_head, needs_grad, data))
+
+
 def fused_linear_orpo(
     hidden: Tensor,
     lm_head: Tensor,
@@ -382,7 +398,7 @@ def fused_linear_orpo(
 
     Differentiable with respect to hidden and lm_head, once; without gradients it costs one matrix
     product instead of three, with a frozen lm_head two. Exact at certainty, from the logits up.
-    Raises ValueError on shapes that do not fit.
+    Under torch.autocast hidden is cast. Raises ValueError for float16 and shapes that do not fit.
     """
     for name, x in (("targets", targets), ("response", response), ("nll_weight", nll_weight)):
         if x.shape != hidden.shape[:1]:
@@ -404,4 +420,4 @@ def fused_linear_orpo(
         groups = _join_cut_groups(groups, response)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head.requires_grad)
     data = (targets, response, nll_weight, lam, n_pairs, lengths, groups)
-    return ORPOOutput(*_FusedLinearORPO.apply(hidden, lm_head, needs_grad, data))
+    return _apply(hidden, lm_head, needs_grad, data)

@@ -73,12 +73,13 @@ from run.plan import (
 from run.printing import steady_streams
 from run.processes import (
     Stopped,
+    about_peers,
     check_stopped,
     give_back_memory,
     is_of_peers,
     pick_device,
     rank,
-    reshard,
+    resharded,
     shard,
     stop_signals,
     sum_over_processes,
@@ -225,10 +226,10 @@ def evaluate(
     """The metrics over all of an evaluation set, normalised over all of it, as eval_*. may_stop is
     called after each micro-batch, by all processes together."""
     outputs = []
-    for batch in pack(pairs, config):
-        outputs.append(forward(model, batch, config.lam))
-        may_stop()
-    reshard(model)
+    with resharded(model):
+        for batch in pack(pairs, config):
+            outputs.append(forward(model, batch, config.lam))
+            may_stop()
     metrics = HostCopy(metrics_of(outputs, config.lam, len(pairs))).read()
     return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -390,8 +391,8 @@ def load_pairs(name: str, rows: list, tokenizer, config: TrainConfig) -> list[Pa
 
 
 def try_largest(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
-    """The largest micro-batch, forward and backward, with everything in memory that a step has:
-    running out of it happens now, or not at all. Nothing changes by it."""
+    """The largest micro-batch, and the one with most logits at a time, forward and backward, with
+    everything in memory that a step has: running out of it happens now. Nothing changes by it."""
     with out_of_memory_advice(config, plan.largest):
         for p in trainable(model):
             p.grad = torch.zeros_like(p)
@@ -402,8 +403,9 @@ def try_largest(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
             state["step"].zero_()
         if not plan.several:  # else those of other micro-batches are there while this one runs
             optimizer.zero_grad(set_to_none=True)
-        for batch in pack(plan.largest, config, share=False):
-            forward(model, batch, config.lam).loss.backward()
+        for pairs in filter(None, (plan.largest, plan.widest)):
+            for batch in pack(pairs, config, share=False):
+                forward(model, batch, config.lam).loss.backward()
     optimizer.zero_grad(set_to_none=True)
     tell_peak(model.device, plan.several)
 
@@ -508,11 +510,8 @@ def run_in_order(argv) -> int:
     except RuntimeError as error:
         if not is_of_peers(error):
             raise
-        print(
-            f"train.py, process {rank()}: another process of this job has failed or was killed; "
-            f"what it printed, or the system's log, says why; {way_on(config.out)}",
-            file=sys.stderr,
-        )
+        why = f"{about_peers(error)}; {way_on(config.out)}"
+        print(f"train.py, process {rank()}: {why}", file=sys.stderr)
         return 1
 
 

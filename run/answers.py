@@ -10,7 +10,7 @@ import torch
 
 from data import Pair
 from model import Transformer
-from run.processes import gather, is_sharded, rank, reshard, world_size
+from run.processes import gather, is_sharded, rank, resharded, world_size
 
 
 def answers(
@@ -40,14 +40,14 @@ def answers(
     if own and sampling.get("generator") is not None:  # not the same draws as in process 0
         sampling["generator"].manual_seed(sampling["generator"].initial_seed() + own)
     answered = {}
-    for first in progress(range(0, len(batches), n)):  # by all together, also the last
-        for batch in batches[first + own : first + own + 1]:
-            rows = [prompts[i] for i in batch]
-            new = model.generate(rows, max_new, eos_id=ends or None, **sampling)
-            for i, ids in zip(batch, new, strict=True):
-                text = tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids).strip()
-                answered[i] = text.removeprefix(before).removesuffix(after).strip()
-    reshard(model)
+    with resharded(model):
+        for first in progress(range(0, len(batches), n)):  # by all together, also the last
+            for batch in batches[first + own : first + own + 1]:
+                rows = [prompts[i] for i in batch]
+                new = model.generate(rows, max_new, eos_id=ends or None, **sampling)
+                for i, ids in zip(batch, new, strict=True):
+                    text = tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids).strip()
+                    answered[i] = text.removeprefix(before).removesuffix(after).strip()
     for share in gather(answered):
         for i, text in share.items():
             texts[i] = text

@@ -58,7 +58,7 @@ def compile_kernels(device: torch.device, softmax: Callable, smallest=LARGE) -> 
     # PyTorch warns that it reads the logits one time more than is necessary.
     warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")
     options = {"compile_threads": 1}  # else PyTorch starts a process for each of the CPU's cores
-    compiled = functools.partial(torch.compile, dynamic=True, options=options)
+    compiled = functools.partial(torch.compile, dynamic=False, options=options)
     rotate = model_module._rotate
     model_module.rotation_kernel = Kernel("rotation", compiled(rotate), rotate, smallest)
     return Kernel("softmax", compiled(softmax), softmax, smallest)
@@ -83,7 +83,10 @@ class Kernel:
             return self.plain(x, *rest)
         try:
             # Detached, as code is compiled for views, and for what has a gradient, by itself.
-            out = self.compiled(*(y.detach() for y in (x, *rest)))
+            given = [y.detach() for y in (x, *rest)]
+            for y in given:  # only how many rows there are changes: a kernel that knows the other
+                torch._dynamo.mark_dynamic(y, 0)  # sizes can move 16 bytes at a time
+            out = self.compiled(*given)
         except Exception as error:
             if self.state == "compiled" or isinstance(error, torch.OutOfMemoryError):
                 raise

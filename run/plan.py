@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from data import (
+    GROUP_ROWS,
     Pair,
     balance_over_ranks,
     show,
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     steps_an_epoch: int
     largest: list[Pair]  # the micro-batch of most tokens
     several: bool  # some step has several micro-batches in a process
+    widest: list[Pair] | tuple = ()  # another one, where it has most logits at a time
 
 
 def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainConfig) -> Plan:
@@ -54,6 +56,9 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
     parts = [part for split in splits for part in split]
     tokens = [sum(pair.n_tokens for pair in part) for part in parts]
     largest = parts[tokens.index(max(tokens))]
+    widest = max(parts, key=most_logits)
+    if most_logits(widest) <= max(GROUP_ROWS, most_logits(largest)):
+        widest = ()
     several = max(map(len, splits)) > 1  # not by len(parts): a process may have no pair in a step
     lines = [
         f"{n_steps} of {c.batch_size} pairs ({an_epoch} an epoch), "
@@ -82,7 +87,12 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
     tell("disk", disk_line(model, n_steps, c))
     print("the first pair, as trained on:")
     print(show(pairs[0], tokenizer, colour=use_colour()), flush=True)
-    return Plan(n_steps, an_epoch, largest, several)
+    return Plan(n_steps, an_epoch, largest, several, widest)
+
+
+def most_logits(pairs: list[Pair]) -> int:
+    """Rows of logits that must be there together: those of one pair, whatever else is beside it."""
+    return max((sum(pair.lengths[1:]) for pair in pairs), default=0)
 
 
 def tell(heading: str, *lines: str):

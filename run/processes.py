@@ -85,10 +85,15 @@ def shard(model: Transformer, config: TrainConfig):
     fsdp.register_fsdp_forward_method(model, "hidden_states")
 
 
-def reshard(model: Transformer):
-    """Lets go of embedding and lm_head, which are still gathered if no backward pass follows."""
-    if is_sharded(model):
-        model.reshard()
+@contextlib.contextmanager
+def resharded(model: Transformer):
+    """Lets go of embedding and lm_head at its end, also where a signal ends it: they are still
+    gathered after a forward pass that no backward pass follows."""
+    try:
+        yield
+    finally:
+        if is_sharded(model):
+            model.reshard()
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -198,10 +203,21 @@ def give_back_memory():
 
 
 def is_of_peers(error: RuntimeError) -> bool:
-    """Whether another process of the job is to blame, as gloo and NCCL report it."""
+    """Whether it is of the connection to the job's other processes, as gloo and NCCL report it."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return dist.is_initialized() and (
         isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    )
+
+
+def about_peers(error: RuntimeError) -> str:
+    """What is known of an error for which `is_of_peers` is true. The first line and the last, as
+    NCCL has the reason in the last one, and it may be of this process, too."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ... ".join(dict.fromkeys(f"{line:.200}" for line in (lines[:1] + lines[-1:])))
+    return (
+        "another process of this job has failed or was killed, and what it printed, or the "
+        f"system's log, says why; or this one cannot reach it: {said}"
     )
 
 

@@ -78,8 +78,13 @@ def training_state(model: Transformer, optimizer) -> dict[str, Tensor]:
         if p.requires_grad:
             state |= {name: p.detach()} | {f"{name}.{k}": x for k, x in optimizer.state[p].items()}
     if frozen := [p.detach() for p in model.parameters() if not p.requires_grad]:
-        state["frozen"] = torch.stack([p.double().norm() for p in frozen]).sum()
+        state["frozen"] = torch.stack([*map(norm_of, frozen)]).sum()
     return state
+
+
+def norm_of(p: Tensor) -> Tensor:
+    """In float64, in parts: a copy of a whole embedding in float64 may not fit a GPU."""
+    return torch.stack([part.double().norm() for part in p.flatten().split(2**24)]).norm()
 
 
 def save_checkpoint(run: Run, step: int):

@@ -16,6 +16,7 @@ import data
 import train
 from formats.families import FAMILIES
 from model import ModelConfig, Transformer
+from run import processes
 from run.answers import answers
 from tests.forked import Forked, call
 from tests.runs import (
@@ -361,6 +362,48 @@ def test_a_world_size_without_the_rest_is_refused(folder, tmp_path, monkeypatch,
     monkeypatch.setenv("RANK", "0")
     error = fails(capsys, [*files(folder), "--out", str(tmp_path / "out")])
     assert "WORLD_SIZE=8, but no MASTER_ADDR and no MASTER_PORT: start with torchrun" in error
+
+
+STOPPED_IN_EVALUATION = """
+import signal, sys, train
+evaluate, n = train.evaluate, [0]
+def signalled(*args):
+    n[0] += 1
+    if n[0] == 2:
+        signal.raise_signal(signal.SIGTERM)
+    return evaluate(*args)
+train.evaluate = signalled
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_within_an_evaluation_of_a_sharded_model_is_saved(folder, tmp_path, one_process):
+    """Embedding and lm_head are still gathered then, and must go back to their parts first."""
+    flags = ["--batch-size", "8", "--max-steps", "8", "--lr", "1e-3", "--eval-every", "4"]
+    whole, _ = one_process(*flags)
+    (tmp_path / "script.py").write_text(STOPPED_IN_EVALUATION)
+    out = tmp_path / "out"
+    arguments = [*files(folder), *flags, "--shard", "--out", str(out)]
+    process = start(2, [*arguments, "--save-every", "0"], tmp_path / "script.py")
+    printed, errors = process.communicate(timeout=300)
+    assert "SIGTERM: stopped after step 4 of 8; continue with --resume" in printed, errors
+    assert [f.name for f in (out / "checkpoints").glob("*")] == ["step-00000004"]
+    rows, _ = launch(2, arguments, "--resume")
+    compare(whole, rows, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("NCCL error in: a.cpp:7\nncclSystemError: ...\nLast error:\nno space in /dev/shm\n",
+         ": NCCL error in: a.cpp:7 ... no space in /dev/shm"),
+        ("Connection closed by peer [127.0.0.1]", ": Connection closed by peer [127.0.0.1]"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_connection_is_said(text, said):
+    """NCCL's own reason stands in its last line, and is of this process as often."""
+    assert processes.about_peers(RuntimeError(text)).endswith(said)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from run.compiled import compile_blocks, compile_kernels
 from run.flags import TrainConfig
 from run.log import n_updates
 from run.lora import add_lora
-from run.processes import pick_device, reshard, shard
+from run.processes import pick_device, resharded, shard
 from tests.small import random_pairs
 
 pytestmark = pytest.mark.skipif(
@@ -204,8 +204,18 @@ def test_checkpointed_blocks_run_twice(fake, given, twice):
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}, {"activation_checkpointing": True}])
-def test_a_float32_step_goes_the_other_path(fake, settings):
+def test_a_float32_step_goes_the_other_path(fake, settings, monkeypatch):
+    """With as many heads of keys as of queries: the fast kernel for float32 has no others."""
+    heads = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(q, k, v, **more):
+        heads.append((q.shape[1], k.shape[1], v.shape[1]))
+        return attend(q, k, v, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     assert VARLEN not in step(fake, dtype="float32", **settings).n
+    assert {*heads} == {(SMALL.n_heads,) * 3}
 
 
 @pytest.mark.parametrize("head_dim", [12, 264])
@@ -345,7 +355,8 @@ def test_rotation_and_softmax_are_compiled_once(kernels, dtype):
         (batch,) = train.pack(pairs, config)
         train.forward(model, batch, 0.1).loss.backward()
     assert orpo.softmax_kernel.state == model_module.rotation_kernel.state == "compiled"
-    assert compiled["stats"]["unique_graphs"] == 2
+    # The rotation has one for queries and one for keys, as these have other numbers of heads.
+    assert compiled["stats"]["unique_graphs"] == 2 + (SMALL.n_heads != SMALL.n_kv_heads)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,9 +382,8 @@ def test_one_of_eight_processes_keeps_a_part_of_every_weight(monkeypatch):
             train.metrics_of(outputs, config.lam, len(PAIRS))
             for p in model.parameters():
                 assert p.to_local().numel() <= -(-p.shape[0] // 8) * p.numel() // p.shape[0]
-            with torch.no_grad():
+            with torch.no_grad(), resharded(model):
                 train.forward(model, batches[0], 0.1)
-                reshard(model)
         assert norm.device == CUDA and calls.n[VARLEN] > 3 * len(batches)
     finally:
         dist.destroy_process_group()

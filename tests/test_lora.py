@@ -16,7 +16,7 @@ from formats.weights import read_safetensors
 from model import Linear, ModelConfig, Transformer, trainable
 from run.lora import LoRALinear, add_lora, lora_layers, merge_lora
 from run.plan import step_flops
-from run.saving import Run, save_adapters, save_checkpoint, save_model, training_state
+from run.saving import Run, norm_of, save_adapters, save_checkpoint, save_model, training_state
 from tests.runs import (
     FACTS,
     UNEVEN,
@@ -403,6 +403,14 @@ def test_a_model_that_has_moved_is_resumed_on_and_another_shape_is_not(
     assert "--resume: --model was " in capsys.readouterr().out
     assert steps(rows) == steps(whole)
     assert file_bytes(tmp_path / "out" / "model") == file_bytes(tmp_path / "whole" / "model")
+
+
+def test_the_number_of_a_frozen_weight_is_its_norm_without_a_copy_of_it(monkeypatch):
+    p = torch.randn(5000, 4000)
+    sizes, double = [], torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: sizes.append(x.numel()) or double(x))
+    assert float(norm_of(p)) == pytest.approx(float(double(p).norm()), rel=1e-12)
+    assert sizes == [2**24, 20_000_000 - 2**24]
 
 
 def test_adapters_that_are_asked_for_after_the_run_are_written(arguments, tmp_path, capsys):

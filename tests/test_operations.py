@@ -188,7 +188,7 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(what, monkeypatch):
     steps = [some_pairs(4, seed) for seed in range(6)]
     expected = [gradients(pairs) for pairs in steps]
     torch._dynamo.reset()
-    rotate = torch.compile(model_module._rotate, dynamic=True, backend="aot_eager")
+    rotate = torch.compile(model_module._rotate, dynamic=False, backend="aot_eager")
     # A token of generation has fewer numbers than 50.
     kernel = Kernel("rotation", rotate, model_module._rotate, smallest=50, on="cpu")
     monkeypatch.setattr(model_module, "rotation_kernel", kernel)

@@ -446,6 +446,32 @@ def plain(hidden, lm_head, targets, response, nll_weight, lam, n_pairs):
     return orpo.ORPOOutput(*(x.detach() for x in out)), hidden.grad, lm_head.grad
 
 
+@pytest.mark.parametrize("n_rows", [100, 7])
+def test_under_autocast_products_have_its_dtype_and_sums_stay_as_they_are(n_rows):
+    """As of hidden states that are cast before: lm_head's gradient is no sum of rounded parts."""
+    hidden, lm_head, *rest = a_step(torch.float32)
+    more = {"groups": groups_of(rest[1], n_rows)}
+    low = hidden.bfloat16().requires_grad_()
+    weight = lm_head.clone().requires_grad_()
+    wanted = orpo.fused_linear_orpo(low, weight, *rest, **more)
+    wanted.loss.backward()
+    hidden, lm_head = hidden.clone().requires_grad_(), lm_head.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = orpo.fused_linear_orpo(hidden, lm_head, *rest, **more)
+    got.loss.backward()
+    assert torch.equal(got.loss, wanted.loss) and torch.equal(lm_head.grad, weight.grad)
+    assert lm_head.grad.dtype == hidden.grad.dtype == torch.float32
+    assert torch.equal(hidden.grad, low.grad.float())
+    rounded = torch.equal(lm_head.grad, lm_head.grad.bfloat16().float())
+    assert rounded == (n_rows == 100)  # a CPU rounds a product, of which one group has one
+
+
+def test_float16_is_refused():
+    hidden, lm_head, *rest = a_step(torch.float32)
+    with pytest.raises(ValueError, match="float16 is not supported: the gradient is formed before"):
+        orpo.fused_linear_orpo(hidden.half(), lm_head.half(), *rest)
+
+
 def a_step(dtype, sft_loss="response", seed=0, vocab=13, dim=6):
     """Five pairs of odd lengths (a response of one token, a prompt of none), in packed order."""
     generator = torch.Generator().manual_seed(seed)

@@ -69,6 +69,24 @@ def test_the_plan_sees_a_step_of_several_micro_batches_where_another_leaves_proc
     assert (plan.n_steps, len(plan.largest), plan.several) == expected
 
 
+def test_the_plan_has_the_micro_batch_with_most_logits_at_a_time_beside_the_largest(
+    tiny_tokenizer,
+):
+    """Many short pairs are the most tokens, and go through lm_head in groups; one long pair has
+    more logits, as its rows are there together."""
+    config = train.TrainConfig(
+        model="m", out=".", batch_size=1, micro_batch_tokens=5000, dtype="float32", max_steps=2
+    )
+    model = Transformer(ModelConfig(10, 8, 1, 1, 8))
+    tokenizer = data.load_tokenizer(tiny_tokenizer)
+    for long, expected in ((1300, 1300), (900, None)):
+        pairs = random_pairs([(2500, 1000, 1000), (10, long, long)], vocab_size=10)
+        plan = make_plan(model, tokenizer, pairs, config)
+        assert [pair.lengths for pair in plan.largest] == [(2500, 1000, 1000)]
+        wanted = [(10, expected, expected)] if expected else []
+        assert [pair.lengths for pair in plan.widest] == wanted
+
+
 def test_the_plan_tells_the_trained_parameters_from_the_models(capsys):
     model, config = tiny(), train.TrainConfig(model="m", out=".", dtype="float32")
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -96,7 +114,7 @@ def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys):
     """No update counted, no moment, no gradient, no changed weight; and the rate is set back."""
     model, config = tiny(), train.TrainConfig(lr=1e-2, dtype="float32")
     optimizer, before = train.make_optimizer(model, config), [p.clone() for p in model.parameters()]
-    plan = SimpleNamespace(largest=some_pairs(3, seed=2), several=several)
+    plan = SimpleNamespace(largest=some_pairs(3, seed=2), widest=(), several=several)
     train.try_largest(model, optimizer, plan, config)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
@@ -282,7 +300,7 @@ def test_every_number_of_the_plan_by_hand(capsys, monkeypatch, tmp_path):
     config.batch_size, config.micro_batch_tokens, config.warmup_steps, config.lr = 2, 25, 3, 1e-4
     decode = SimpleNamespace(decode=lambda ids: "x")
     plan = make_plan(model, decode, pairs, config)
-    assert plan == (6, 3, pairs[4:], False)
+    assert plan == (6, 3, pairs[4:], False, ())
     printed = capsys.readouterr().out.splitlines()
     # 160 tokens and ten pairs, each a micro-batch of its own, in six steps.
     busiest = [max(p.n_tokens for p in step_pairs(pairs, step, 2, 42)) for step in range(1, 7)]
