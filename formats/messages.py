@@ -211,5 +211,5 @@ def kwargs_of(value) -> dict | None:
         raise ValueError(f"chat_template_kwargs must be an object, not {value!r:.40}")
     ours = ("messages", "add_generation_prompt", "tools")
     if value and (taken := [name for name in ours if name in value]):
-        raise ValueError(f"chat_template_kwargs has {taken[0]}, which is not its own to say")
+        raise ValueError(f"chat_template_kwargs has {taken[0]}, which this program gives by itself")
     return value or None

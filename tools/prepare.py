@@ -205,8 +205,9 @@ def prepare(
         print(f"  {k} from {form}")
     texts = [row.where for row in rows if isinstance(row.prompt, str)]
     if 0 < len(texts) < len(rows):
-        text = f"{len(texts)} rows are text (first: {texts[0]}), and the others are messages: only"
-        print(f"  warning: {text} these get the chat template; --prompt prompt makes all messages")
+        text = f"{len(texts)} rows are text (first: {texts[0]}), and the others are messages; only"
+        more = "messages get the chat template; --prompt prompt makes messages of all"
+        print(f"  warning: {text} {more}")
     lines = [f"dropped: {line}" for line in dropped.lines()]
     lines += [f"warning: {line}" for line in odd.lines()]
     for line in lines + warnings_of(rows):

@@ -207,7 +207,7 @@ def main(argv=None):
     own = (args.model / "chat_template.jinja").is_file()
     plain = args.plain or (not tokenizer.has_chat_template and not own)
     if not plain:
-        complain("asks by the model's chat template; --plain asks by the text only")
+        complain("what is asked goes through the chat template; --plain leaves that out")
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     options = {"max_new": args.max_new_tokens, **sampling}
