@@ -134,9 +134,8 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
         return str(error)
     chat = not isinstance(row.prompt, str)
     prompt = encode_prompt(tokenizer, texts.prompt, chat)
-    # We judge emptiness by what the answer says, as a template writes something around nothing.
     answers = (row.chosen, row.rejected)
-    said = [says(x[0]) if chat else bool(x.strip()) for x in answers]
+    said = [says(x[0]) if chat else bool(x.strip()) for x in answers]  # a template adds to nothing
     (chosen, had_bos), (rejected, had_bos_too) = (
         encode_response(tokenizer, x, prompt) for x in texts.responses
     )
@@ -248,10 +247,11 @@ def summary(rows: list[Preference], pairs: list[Pair], dropped: Dropped, max_len
         first = next(pair.where for pair in pairs if what in pair.left_out)
         text = f"warning: the chat template leaves out {what}, or a part of it, in {n} pairs"
         lines.append(f"{text} (first: {first})")
-    ignored = {key for row in rows for key in row.ignored}
-    if used := [key for key in ("system", "input", "history") if key in ignored]:
-        text = f"warning: {' and '.join(used)} not used; tools/prepare.py --prompt {rows[0].key}"
-        lines.append(f"{text} puts such columns into the prompt")
+    asking = "system", "input", "history"
+    if used := [key for key in asking if any(key in row.ignored for row in rows)]:
+        how = f" --prompt {rows[0].key}" if isinstance(rows[0].prompt, str) else ""
+        text = f"warning: {' and '.join(used)} not used; tools/prepare.py{how} puts such columns"
+        lines.append(f"{text} into the prompt")
     return lines
 
 
@@ -500,7 +500,7 @@ def main(argv=None):
     parser.add_argument("--max-prompt-length", type=int, default=1792, help="tokens (1792)")
     args = parser.parse_args(argv)
     try:
-        folder = model_folder(args.model)
+        folder = model_folder(args.model, weights=False)
         tokenizer = load_tokenizer(folder, args.chat_template)
         length, settings = args.max_length, folder / "config.json"
         if settings.is_file():

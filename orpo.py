@@ -359,7 +359,7 @@ def _apply(hidden: Tensor, lm_head: Tensor, needs_grad: bool, data: tuple) -> OR
         hidden = hidden.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
             return _apply(hidden, lm_head, needs_grad, data)
-    if hidden.dtype == torch.float16:
+    if needs_grad and hidden.dtype == torch.float16:
         raise ValueError(
             "float16 is not supported: the gradient is formed before a loss could be scaled, and "
             "its small numbers would become 0; use bfloat16 or float32"

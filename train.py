@@ -401,9 +401,10 @@ def try_largest(model: Transformer, optimizer, plan: Plan, config: TrainConfig):
         set_lr(optimizer, config.lr)
         for state in optimizer.state.values():
             state["step"].zero_()
+    for pairs in filter(None, (plan.largest, plan.widest)):
         if not plan.several:  # else those of other micro-batches are there while this one runs
             optimizer.zero_grad(set_to_none=True)
-        for pairs in filter(None, (plan.largest, plan.widest)):
+        with out_of_memory_advice(config, pairs):
             for batch in pack(pairs, config, share=False):
                 forward(model, batch, config.lam).loss.backward()
     optimizer.zero_grad(set_to_none=True)

@@ -42,7 +42,7 @@ from model import ModelConfig, Transformer
 from run import processes
 from run.lora import add_lora
 from run.plan import count_parameters, fixed_memory
-from run.processes import pick_device, rank, shard, world_size
+from run.processes import is_one_of_several, pick_device, rank, shard, world_size
 
 GB = 2**30
 # As sold, and what CUDA says they have; 16 GB is a T4, which has no bfloat16 and no Flash kernel.
@@ -295,7 +295,7 @@ def peak_gb() -> float:
 
 def load_and_save(folder: Path, dtype: str):
     """One process, or one of torchrun's, of which each keeps a part of every weight."""
-    several = "WORLD_SIZE" in os.environ
+    several = is_one_of_several()
     config, shard_it = train.TrainConfig(dtype="bfloat16", device="cpu", shard=several), None
     if several:
         pick_device(config)

@@ -66,10 +66,10 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def model_folder(name) -> Path:
+def model_folder(name, weights: bool = True) -> Path:
     """The folder of a model: a path, or a model's name on the Hugging Face hub (ORG/NAME), where it
-    is in the cache of that on this machine already; nothing is downloaded. Raises FileNotFoundError
-    or ValueError that says what to do."""
+    is in the cache of that on this machine already, with its weights if these are needed; nothing
+    is downloaded. Raises FileNotFoundError or ValueError that says what to do."""
     path = Path(name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
@@ -89,8 +89,8 @@ def model_folder(name) -> Path:
     model = cache / f"models--{str(name).replace('/', '--')}"
     newest = model / "refs" / "main"
     snapshot = model / "snapshots" / (newest.read_text().strip() if newest.is_file() else "none")
-    weights = [*snapshot.glob("*.safetensors"), *snapshot.glob("*.bin")]
-    if (snapshot / "config.json").is_file() and weights:  # the cache may have only the tokenizer
+    files = [*snapshot.glob("*.safetensors"), *snapshot.glob("*.bin")] if weights else [snapshot]
+    if (snapshot / "config.json").is_file() and files:  # the cache may have only the tokenizer
         return snapshot
     if "/" not in str(name):  # gpt2 on the hub; here rather a folder that is not there
         return path

@@ -226,7 +226,7 @@ class Tokenizer:
     @property
     def writes_date(self) -> bool:
         """Whether the chat template writes the day on which it is used."""
-        return "strftime_now" in self.chat_template
+        return "strftime_now" in self.chat_template + (self.tool_use_template or "")
 
     def save_chat_template(self, folder: Path):
         """Makes these templates those of a folder of tokenizer files, and lets them begin with BOS
@@ -237,11 +237,14 @@ class Tokenizer:
         ours = {"default": self.chat_template, "tool_use": self.tool_use_template}
         kept = {name: template for name, template in found.items() if name not in ours}
         wanted = {name: self._begun_with_bos(text) for name, text in ours.items() if text}
+        if found and self.chat_template == default_of(found) and "default" not in found:
+            del wanted["default"]  # it only refuses
         wanted |= kept
         if wanted == found:
             return
         more = folder / MORE_TEMPLATES
-        for name in wanted.keys() | found.keys():
+        # A name comes with a download, and must not lead out of the folder.
+        for name in filter(re.compile(r"\w[\w.-]*").fullmatch, wanted.keys() | found.keys()):
             file = folder / "chat_template.jinja" if name == "default" else more / f"{name}.jinja"
             if name in wanted:
                 file.parent.mkdir(exist_ok=True)
@@ -252,7 +255,7 @@ class Tokenizer:
             if isinstance(named, list):
                 named = [{"name": name, "template": text} for name, text in wanted.items()]
             else:
-                named = wanted["default"]
+                named = wanted.get("default", named)
             write_json(folder / "tokenizer_config.json", config | {"chat_template": named})
 
     def _begun_with_bos(self, template: str) -> str:
@@ -269,7 +272,9 @@ class Tokenizer:
         ids, and no code of its own, which is not handed on."""
         config = optional_json(folder / "tokenizer_config.json")
         changed = {key: value for key, value in config.items() if key != "auto_map"}
-        if self.class_elsewhere is not None:
+        if self.class_elsewhere is not None:  # which has no BOS and EOS of its own
+            named = {name: self.special_tokens.get(name) for name in ("bos_token", "eos_token")}
+            changed = {name: text for name, text in named.items() if text} | changed
             changed["tokenizer_class"] = self.class_elsewhere
         if str(changed.get("tokenizer_class")).startswith("LlamaTokenizer"):
             changed.setdefault("legacy", False)  # transformers 4 and 5 have different defaults
@@ -312,19 +317,20 @@ class Tokenizer:
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}
         try:
             prompt = self.apply_chat_template([question], add_generation_prompt=True)
-            before, _, after = self.apply_chat_template([question, answer]).rpartition("@@")
+            before, found, after = self.apply_chat_template([question, answer]).rpartition("@@")
         except ValueError:
+            return "", ""
+        if not found:  # a template without the answer
             return "", ""
         before = before.removeprefix(prompt) if before.startswith(prompt) else ""
         after = after.strip().removesuffix(self.special_tokens.get("eos_token", ""))
         return before.strip(), after.strip()
 
     def end_ids(self) -> list[int]:
-        """The tokens that end an answer: EOS, and what the chat template puts after an answer where
-        that is one token or begins with a special one, as an instruct model may write only that."""
+        """The tokens that end an answer: EOS, and the special token that the chat template puts
+        after an answer, if there is one: an instruct model may write only that."""
         ids = self.encode(self.around_answer()[1], continuation=True)
-        is_token = len(ids) == 1 or (len(ids) > 1 and ids[0] in self.added_ids)
-        ends = [self.eos_id, *(ids[:1] if is_token else [])]
+        ends = [self.eos_id, *(i for i in ids[:1] if i in self.added_ids)]
         return [i for i in dict.fromkeys(ends) if i is not None]
 
 
@@ -402,8 +408,10 @@ class BPETokenizer(Tokenizer):
         ids = optional_json(file.parent / "config.json")
         self._set_steps(config, spec, ids.get("model_type"))
         defaults = {name: ids.get(f"{name}_id") for name in ("bos_token", "eos_token")}
-        # These have no BOS of their own, and config.json may have LlamaConfig's default.
-        if config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        # These have no BOS of their own, and config.json may have LlamaConfig's default. (A folder
+        # that says add_bos_token is of a run that was trained with one.)
+        bare = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        if bare and not config.get("add_bos_token"):
             del defaults["bos_token"]
         vocab = self.model.vocab
         super().__init__(file, config, vocab, spec.get("added_tokens") or [], defaults)

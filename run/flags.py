@@ -212,8 +212,9 @@ FREE_ON_RESUME = (
 )
 
 
-def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
-    """Raises ValueError with the first flag that is not what it was, and may not change."""
+def refuse_other_settings(config: TrainConfig, then: dict, where: Path, may_move: bool = False):
+    """Raises ValueError with the first flag that is not what it was, and may not change. may_move:
+    --model may be another folder, as its weights are compared elsewhere (load_checkpoint)."""
     endless = config.lr_schedule in ENDLESS
     for name, now in settings_of(config).items():
         before = then.get(name, getattr(TrainConfig, name))
@@ -223,8 +224,8 @@ def refuse_other_settings(config: TrainConfig, then: dict, where: Path):
             continue
         if name == "date" and before is None:  # a run of an older version, which did not keep it
             continue
-        if name == "model" and where.parent.name == "checkpoints":  # which has the weights
-            continue  # load_checkpoint compares what they belong to
+        if name == "model" and may_move:
+            continue
         advice = ""
         if name in LENGTHS:
             advice = (

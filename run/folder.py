@@ -275,8 +275,9 @@ def is_finished(out: Path, config: TrainConfig) -> bool:
     if found is None:
         return False
     then, where = found
-    refuse_other_settings(config, then, where)
     restorable = bool(checkpoints(out))
+    may_move = restorable and not (out / FINISHED).exists()
+    refuse_other_settings(config, then, where, may_move)
     if not (out / FINISHED).exists() or (restorable and not (out / "model").is_dir()):
         return False
     longer = any(getattr(config, name) != then.get(name) for name in LENGTHS)

@@ -158,7 +158,7 @@ def load_checkpoint(run: Run) -> int:
     config = run.config
 
     def check(settings: dict, folder: Path):
-        refuse_other_settings(config, settings, folder)
+        refuse_other_settings(config, settings, folder, may_move=True)
         then, now = settings.get("model"), settings_of(config)["model"]
         if then != now:  # moved, or downloaded again; the weights are the checkpoint's
             shapes = ModelConfig.from_json(folder / "model" / "config.json"), run.model.config

@@ -403,6 +403,8 @@ def test_a_model_that_has_moved_is_resumed_on_and_another_shape_is_not(
     assert "--resume: --model was " in capsys.readouterr().out
     assert steps(rows) == steps(whole)
     assert file_bytes(tmp_path / "out" / "model") == file_bytes(tmp_path / "whole" / "model")
+    error = fails(capsys, [*arguments, "--resume", "--model", str(other)])  # it is finished now
+    assert "--resume: model was" in error
 
 
 def test_the_number_of_a_frozen_weight_is_its_norm_without_a_copy_of_it(monkeypatch):

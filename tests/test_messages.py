@@ -282,6 +282,22 @@ def test_dialogues_with_tools_get_the_template_for_them(in_files, tiny_tokenizer
     assert load_tokenizer(tmp_path).apply_chat_template([Q], tools=tools) == "<s>mine"
 
 
+def test_a_name_of_a_template_leads_out_of_no_folder(tiny_tokenizer, tmp_path):
+    """Names come with a download."""
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for file in tiny_tokenizer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    named = [{"name": name, "template": "x"} for name in ("default", "c/d", "../../../e", "rag")]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    load_tokenizer(folder).save_chat_template(folder)
+    assert [*tmp_path.rglob("*.jinja")] == [
+        folder / "chat_template.jinja",
+        folder / "additional_chat_templates" / "rag.jinja",
+    ]
+
+
 def test_a_template_is_told_the_day_that_is_set(tiny_tokenizer):
     tokenizer = load_tokenizer(tiny_tokenizer)
     assert not tokenizer.writes_date

@@ -468,8 +468,11 @@ def test_under_autocast_products_have_its_dtype_and_sums_stay_as_they_are(n_rows
 
 def test_float16_is_refused():
     hidden, lm_head, *rest = a_step(torch.float32)
+    hidden, lm_head = hidden.half().requires_grad_(), lm_head.half()
     with pytest.raises(ValueError, match="float16 is not supported: the gradient is formed before"):
-        orpo.fused_linear_orpo(hidden.half(), lm_head.half(), *rest)
+        orpo.fused_linear_orpo(hidden, lm_head, *rest)
+    with torch.no_grad():
+        assert torch.isfinite(orpo.fused_linear_orpo(hidden, lm_head, *rest).loss)
 
 
 def a_step(dtype, sft_loss="response", seed=0, vocab=13, dim=6):

@@ -13,6 +13,7 @@ from data import step_pairs
 from model import ModelConfig, Transformer, trainable
 from run.lora import add_lora
 from run.plan import (
+    Plan,
     count_parameters,
     disk_line,
     disk_needed,
@@ -110,12 +111,19 @@ def test_a_busy_machine_is_told(device, load, said, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys):
-    """No update counted, no moment, no gradient, no changed weight; and the rate is set back."""
+def test_the_trial_before_the_first_step_leaves_nothing_behind(several, capsys, monkeypatch):
+    """No update counted, no moment, no gradient, no changed weight; and the rate is set back.
+    Gradients of a micro-batch before are there only where a step has several."""
     model, config = tiny(), train.TrainConfig(lr=1e-2, dtype="float32")
     optimizer, before = train.make_optimizer(model, config), [p.clone() for p in model.parameters()]
-    plan = SimpleNamespace(largest=some_pairs(3, seed=2), widest=(), several=several)
+    plan = Plan(1, 1, some_pairs(3, seed=2), several, widest=some_pairs(1, seed=3))
+    seen, forward = [], train.forward
+    has_gradients = lambda: any(p.grad is not None for p in model.parameters())  # noqa: E731
+    monkeypatch.setattr(
+        train, "forward", lambda *args: seen.append(has_gradients()) or forward(*args)
+    )
     train.try_largest(model, optimizer, plan, config)
+    assert seen == [several, several]
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
     states = [optimizer.state[p] for p in model.parameters()]

@@ -268,9 +268,11 @@ def test_a_name_of_the_hub_is_read_from_its_cache_or_told_how_to_be_downloaded(
     snapshot.parents[1].rename(snapshot.parents[2] / "models--gpt2")  # a name without ORG
     snapshot = snapshot.parents[2] / "models--gpt2" / "snapshots" / "abc"
     assert model_folder("gpt2") == snapshot and model_folder("gpt3") == Path("gpt3")
+    assert model_folder("gpt2", weights=False) == snapshot
     for file in snapshot.glob("*.safetensors"):  # somebody has downloaded the tokenizer only
         file.unlink()
     snapshot.parents[1].rename(snapshot.parents[2] / "models--Org--Tiny-1B")
+    assert model_folder("Org/Tiny-1B", weights=False).name == "abc"  # all that data.py needs
     message = fails(capsys, [*arguments, "--model", "Org/Tiny-1B"])
     assert "hf download Org/Tiny-1B --local-dir Tiny-1B" in message
 

@@ -841,6 +841,21 @@ def test_of_two_files_with_special_tokens_the_one_wins_that_wins_in_transformers
     assert (t.bos_id, t.eos_id) == (bos, 400)
 
 
+def test_a_class_that_we_name_keeps_the_bos_and_eos_that_were_trained(tmp_path):
+    """GPT2Tokenizer with digits of their own is handed back as a class without BOS of its own."""
+    steps = [{"type": "Digits", "individual_digits": True}, LEVEL | {"use_regex": True}]
+    spec = byte_level(added=[{"content": "<b>"}, {"content": "<e>"}])
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 256, "eos_token_id": 257}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    first = load_tokenizer(tmp_path)
+    first.save_class(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert "PreTrainedTokenizerFast" in (tmp_path / "tokenizer_config.json").read_text()
+    assert (first.bos_id, first.eos_id) == (again.bos_id, again.eos_id) == (256, 257)
+
+
 @pytest.mark.parametrize(
     ("kind", "bos"),
     [("PreTrainedTokenizerFast", None), ("TokenizersBackend", None), ("LlamaTokenizer", 1)],
@@ -878,6 +893,8 @@ def test_a_response_begins_anew_after_an_added_token(make_json):
         ("{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ c }}</s>",
          ("<think>\n\n</think>", ""), [2]),
         ("{{ c }}</turn>\n</s>", ("", "</turn>"), [2]),
+        ("{{ c }}e", ("", "e"), [2]),  # any token of the vocabulary, which answers may have inside
+        ("answer<|end|>", ("", ""), [2]),
         ("{{ c }}", ("", ""), [2]),
         ("{{ raise_exception('no') }}", ("", ""), [2]),
     ],
