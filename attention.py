@@ -181,7 +181,7 @@ def attention_without_varlen(q: Tensor, k: Tensor, v: Tensor, segments, window) 
             out = _attention_written_out(qs, ks, vs, bias)
         else:
             causal = bias is None
-            if qs.is_cuda:  # in float32 its fast kernel has as many heads of keys as of queries
+            if qs.is_cuda:  # the fast kernel for float32 needs a head of keys for each query head
                 n_groups = qs.shape[1] // ks.shape[1]
                 ks, vs = (x.repeat_interleave(n_groups, 1) for x in (ks, vs))
             out = F.scaled_dot_product_attention(

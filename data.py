@@ -135,7 +135,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     chat = not isinstance(row.prompt, str)
     prompt = encode_prompt(tokenizer, texts.prompt, chat)
     answers = (row.chosen, row.rejected)
-    said = [says(x[0]) if chat else bool(x.strip()) for x in answers]  # a template adds to nothing
+    said = [says(x[0]) if chat else bool(x.strip()) for x in answers]  # without the template
     (chosen, had_bos), (rejected, had_bos_too) = (
         encode_response(tokenizer, x, prompt) for x in texts.responses
     )

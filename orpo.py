@@ -352,8 +352,8 @@ class _FusedLinearORPO(torch.autograd.Function):
 
 
 def _apply(hidden: Tensor, lm_head: Tensor, needs_grad: bool, data: tuple) -> ORPOOutput:
-    """In the dtype of torch.autocast where that is on, and outside of it otherwise: it would round
-    lm_head's gradient after each group."""
+    """Under torch.autocast hidden is cast, as F.linear would cast it, and autocast is switched off
+    inside, because it would round the sum of lm_head's gradient after each group."""
     kind = hidden.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))

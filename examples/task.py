@@ -299,6 +299,7 @@ def write_rows(path: Path, rows: list[dict]):
 
 
 def main(out: Path = HERE / "facts"):
+    """Writes pairs, questions and settings into out, and the base model that it trains."""
     start = time.time()
     rng = random.Random(SEED)
     torch.manual_seed(SEED)

@@ -28,8 +28,8 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder: NAME.jinja
 
 
 def read_chat_templates(folder: Path, config: dict) -> dict[str, str]:
-    """The templates of a folder whose tokenizer_config.json holds config, by name, the first of
-    them "default" in most folders. Files win over that config, as in transformers."""
+    """The templates of a folder whose tokenizer_config.json holds config, by name. Where
+    there are template files, the config's templates do not count, as in transformers."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     if found := {name: f.read_text("utf-8") for name, f in files.items() if f.is_file()}:

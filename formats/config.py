@@ -30,9 +30,9 @@ def config_values(source: dict, types: dict[str, type]) -> dict:
     rope_type = rope.pop("rope_type")
     found = {"torch_dtype": source.get("dtype"), **rope}
     found |= {key: value for key, value in source.items() if value is not None}
-    found["rope_type"] = rope_type  # transformers takes no notice of one beside the others
+    found["rope_type"] = rope_type  # one at the top of the file means nothing to transformers
     if source.get("is_causal") is False:
-        raise ValueError("is_causal False is not supported: its tokens see those after them")
+        raise ValueError("is_causal False is not supported: this model attends to later tokens")
     if source["model_type"] in ("mistral", "qwen2", "qwen3") and "sliding_window" not in source:
         found["sliding_window"] = 4096  # null is something else: no window
     for key, supported in family.supported.items():

@@ -89,9 +89,9 @@ def model_folder(name, weights: bool = True) -> Path:
     model = cache / f"models--{str(name).replace('/', '--')}"
     newest = model / "refs" / "main"
     snapshot = model / "snapshots" / (newest.read_text().strip() if newest.is_file() else "none")
-    files = [*snapshot.glob("*.safetensors"), *snapshot.glob("*.bin")] if weights else [snapshot]
-    if (snapshot / "config.json").is_file() and files:  # the cache may have only the tokenizer
-        return snapshot
+    complete = any(snapshot.glob("*.safetensors")) or any(snapshot.glob("*.bin"))
+    if (snapshot / "config.json").is_file() and (complete or not weights):
+        return snapshot  # else the cache has only what a tokenizer or a config needed
     if "/" not in str(name):  # gpt2 on the hub; here rather a folder that is not there
         return path
     raise FileNotFoundError(

@@ -65,7 +65,7 @@ def read_weights(folder: Path, model_type: str, shapes: dict[str, torch.Size]):
         if name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
             continue
         yield from parts(file, name, tensor)
-    if embedding in expected and "lm_head.weight" in tied:  # of two names for one, the other
+    if embedding in expected and "lm_head.weight" in tied:  # tied, and stored by its other name
         yield from parts(folder, embedding, tied["lm_head.weight"])
     if len(tied) == 2 and not _equal(*tied.values()):
         raise ValueError(

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     steps_an_epoch: int
     largest: list[Pair]  # the micro-batch of most tokens
     several: bool  # some step has several micro-batches in a process
-    widest: list[Pair] | tuple = ()  # another one, where it has most logits at a time
+    widest: list[Pair] | tuple = ()  # that with most logits at a time, if it is another
 
 
 def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainConfig) -> Plan:
@@ -91,7 +91,7 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
 
 
 def most_logits(pairs: list[Pair]) -> int:
-    """Rows of logits that must be there together: those of one pair, whatever else is beside it."""
+    """The most rows of logits that are there together, as those of a pair must be."""
     return max((sum(pair.lengths[1:]) for pair in pairs), default=0)
 
 

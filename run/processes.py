@@ -87,8 +87,8 @@ def shard(model: Transformer, config: TrainConfig):
 
 @contextlib.contextmanager
 def resharded(model: Transformer):
-    """Lets go of embedding and lm_head at its end, also where a signal ends it: they are still
-    gathered after a forward pass that no backward pass follows."""
+    """At its end, also where a signal ends it, embedding and lm_head go back to their parts: they
+    are still gathered after a forward pass that no backward pass follows."""
     try:
         yield
     finally:
@@ -203,7 +203,7 @@ def give_back_memory():
 
 
 def is_of_peers(error: RuntimeError) -> bool:
-    """Whether it is of the connection to the job's other processes, as gloo and NCCL report it."""
+    """Whether an error is one of the connection to other processes, as gloo and NCCL report it."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return dist.is_initialized() and (
         isinstance(error, dist.DistError) or any(word in str(error) for word in words)
@@ -211,13 +211,13 @@ def is_of_peers(error: RuntimeError) -> bool:
 
 
 def about_peers(error: RuntimeError) -> str:
-    """What is known of an error for which `is_of_peers` is true. The first line and the last, as
-    NCCL has the reason in the last one, and it may be of this process, too."""
+    """What to say of an error for which `is_of_peers` is true. With its first line and its last, as
+    NCCL gives the reason in the last one, and that may lie in this process, too."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ... ".join(dict.fromkeys(f"{line:.200}" for line in (lines[:1] + lines[-1:])))
     return (
-        "another process of this job has failed or was killed, and what it printed, or the "
-        f"system's log, says why; or this one cannot reach it: {said}"
+        "another process of this job has failed or was killed, or cannot be reached; what it "
+        f"printed, or the system's log, may say why; this process got the error: {said}"
     )
 
 

@@ -162,6 +162,7 @@ def load_checkpoint(run: Run) -> int:
         then, now = settings.get("model"), settings_of(config)["model"]
         if then != now:  # moved, or downloaded again; the weights are the checkpoint's
             shapes = ModelConfig.from_json(folder / "model" / "config.json"), run.model.config
+            # As text, which leaves out `source`: a downloaded config.json says more than is used.
             if len({str(dataclasses.replace(x, dtype="float32")) for x in shapes}) > 1:
                 raise ValueError(f"--resume: {folder} was trained on another model than {now}")
             if rank() == 0:

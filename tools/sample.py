@@ -89,10 +89,10 @@ def turns_of(row: dict) -> list:
     if isinstance(turns := row.get("turns"), list) and turns:
         return turns
     keys = ("turns", "instruction", "prompt", "question")
-    asked = [x for key in keys if (x := row.get(key))][:1]
-    if asked and (more := row.get("input")):  # Alpaca's, joined as tools/prepare.py joins it
-        return [f"{asked[0]}\n\n{more}"] if isinstance(asked[0], str) else asked
-    return asked
+    asked = next((x for key in keys if (x := row.get(key))), None)
+    if isinstance(asked, str) and (more := row.get("input")):
+        asked = f"{asked}\n\n{more}"  # Alpaca's, joined as tools/prepare.py joins it
+    return [asked] if asked else []
 
 
 def answer_file(
