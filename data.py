@@ -134,8 +134,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
         return str(error)
     chat = not isinstance(row.prompt, str)
     prompt = encode_prompt(tokenizer, texts.prompt, chat)
-    answers = (row.chosen, row.rejected)
-    said = [says(x[0]) if chat else bool(x.strip()) for x in answers]  # without the template
+    said = [says(x[0]) if chat else x.strip() for x in (row.chosen, row.rejected)]
     (chosen, had_bos), (rejected, had_bos_too) = (
         encode_response(tokenizer, x, prompt) for x in texts.responses
     )
@@ -149,7 +148,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
         if chat and row.chosen != row.rejected:
             return "identical responses, as the chat template leaves out what differs"
         return "identical responses"
-    if not prompt:
+    if not prompt or (chat and not any(says(m) for m in row.prompt if m["role"] != "system")):
         return "empty prompt"
     if len(prompt) > max_prompt_length:
         return f"prompt over {max_prompt_length} tokens"

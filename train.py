@@ -67,8 +67,8 @@ from run.plan import (
     out_of_memory_advice,
     tell,
     tell_model,
-    tell_overlap,
     tell_peak,
+    tell_problems,
 )
 from run.printing import steady_streams
 from run.processes import (
@@ -357,7 +357,7 @@ def load_inputs(config: TrainConfig):
             raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
     pairs = load_pairs("train", train_rows, tokenizer, config) if trains else []
     eval_pairs = load_pairs("eval", eval_rows, tokenizer, config)
-    tell_overlap(pairs, eval_pairs)
+    tell_problems(model, tokenizer, pairs, eval_pairs)
     data.refuse_beyond(pairs + eval_pairs, tokenizer, model.config.vocab_size)
     return model, tokenizer, pairs, eval_pairs
 

@@ -21,7 +21,6 @@ load: peak memory of a process that loads and saves, alone and as one of two (--
 import argparse
 import functools
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ from formats.families import FAMILIES
 from model import ModelConfig, Transformer
 from run import processes
 from run.lora import add_lora
-from run.plan import count_parameters, fixed_memory
+from run.plan import count_parameters, fixed_memory, peak_memory_gb
 from run.processes import is_one_of_several, pick_device, rank, shard, world_size
 
 GB = 2**30
@@ -290,7 +289,7 @@ LOADED = ModelConfig(32000, 2048, 22, 32, 5632, n_kv_heads=4)
 
 
 def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory_gb(torch.device("cpu"))
 
 
 def load_and_save(folder: Path, dtype: str):

@@ -60,7 +60,7 @@ def read_template_file(file: Path) -> str:
     would write an indentation into the text: in front of {{, after a tag that keeps white space.
     """
     try:
-        template = file.read_text(encoding="utf-8")
+        template = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: {error}") from None
     if re.search(r"(?<!-)[%}#]\}\s*\n[ \t]+\{\{(?!-)", template):

@@ -25,7 +25,8 @@ def config_values(source: dict, types: dict[str, type]) -> dict:
         found, known = source.get("model_type"), ", ".join(FAMILIES)
         raise ValueError(f"model_type {found!r:.80} is not supported, only {known}")
     if quantised := source.get("quantization_config"):
-        raise ValueError(f"quantised weights are not supported: {quantised!r:.80}")
+        advice = "if the weights are 16 bit, as after a merge, remove quantization_config"
+        raise ValueError(f"quantised weights are not supported ({quantised!r:.80}); {advice}")
     rope = rope_of(source)
     rope_type = rope.pop("rope_type")
     found = {"torch_dtype": source.get("dtype"), **rope}
@@ -176,8 +177,8 @@ def config_json(config) -> dict:
     if config.rope_scaling.get("rope_type") == "longrope" and config.source:
         known.pop("max_position_embeddings")  # not the cut one, from which its factors follow
     # dtype has its older name here. auto_map names code that is not handed on; all that we read is
-    # in transformers itself.
-    left_out = ("dtype", "auto_map")
+    # in transformers itself. OPT's prefix is a second BOS, which its pipeline would write.
+    left_out = ("dtype", "auto_map", "prefix")
     kept = {key: value for key, value in config.source.items() if key not in left_out}
     if config.family == "gpt2":
         kept.setdefault("n_ctx", config.max_seq_len)  # llama.cpp's converter asks for it

@@ -66,6 +66,9 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # ORG/NAME, or gpt2
+
+
 def model_folder(name, weights: bool = True) -> Path:
     """The folder of a model: a path, or a model's name on the Hugging Face hub (ORG/NAME), where it
     is in the cache of that on this machine already, with its weights if these are needed; nothing
@@ -81,7 +84,7 @@ def model_folder(name, weights: bool = True) -> Path:
                 "peft's merge_and_unload and save_pretrained, or move the adapter's files away"
             )
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+    if path.exists() or not re.fullmatch(HUB_NAME, str(name)):
         return path  # whoever reads it says what is missing
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"

@@ -120,11 +120,19 @@ def message_of(m) -> dict:
     says_more = any(isinstance(value, str | list | dict) for value in more.values())
     if message["content"] is None and not says_more and message["role"] != "system":
         raise ValueError("a message's content is null, and it has nothing else")
-    if calls := more.get("tool_calls"):
+    if calls := without_nulls(more.get("tool_calls")):
         calls = from_json(calls)
         if isinstance(calls, list):
             more["tool_calls"] = [with_arguments(from_json(call)) for call in calls]
     return message | more
+
+
+def without_nulls(value):
+    """Without the keys that only other rows have: `datasets` gives each object the keys of all, in
+    parquet and in what it writes as JSON."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def from_json(value):
@@ -200,7 +208,7 @@ def tools_of(value) -> list | None:
             return None
     if value and not isinstance(value, list):
         raise ValueError(f"tools must be a list, not {value!r:.40}")
-    return [*map(from_json, value)] if value else None
+    return [*map(from_json, without_nulls(value))] if value else None
 
 
 def kwargs_of(value) -> dict | None:

@@ -93,7 +93,7 @@ def preference(row, where: str) -> Preference:
     """A row as parsed from JSON. Raises ValueError that says what is wrong with it, without
     `where`."""
     _check_keys(row)
-    name = next((key for key in PROMPTS if row.get(key) not in (None, [])), "prompt")
+    name = next((key for key in PROMPTS if row.get(key) not in (None, [], "")), "prompt")
     prompt, (chosen, rejected) = _read(row, name), read_answers(row)
     prompt, accept = (None if prompt == [] else prompt), row.get("accept")
     if not isinstance(accept, list | None) or not all(isinstance(x, str) for x in accept or ()):
@@ -275,8 +275,10 @@ def warnings_of(rows: list[Preference]) -> list[str]:
     if odd := [row for row in rows if any(map(_looks_odd, (row.chosen, row.rejected)))]:
         text = f"warning: {len(odd)} of {len(rows)} rows have answers that look like messages in"
         warnings.append(f"{text} JSON, and are trained on as text (first: {odd[0].where})")
-    if not any(row.prompt for row in rows):
-        warnings.append("warning: all prompts are empty")
+    if empty := [row for row in rows if not row.prompt]:
+        text = f"{len(empty)} of {len(rows)} prompts are empty (first: {empty[0].where})"
+        all_of_them = len(empty) == len(rows)
+        warnings.append(f"warning: {'all prompts are empty' if all_of_them else text}")
     # The last character of the prompt and the first of the answer. Not all scripts have spaces.
     joined = re.compile(r"[\w.,:;?!)][^\W_]", re.ASCII)
     joins = [

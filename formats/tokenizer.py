@@ -14,6 +14,7 @@ library does not offer. Every id is held to that library's in tests/peers/.
 """
 
 import datetime
+import functools
 import re
 from collections.abc import Iterator
 from itertools import chain, groupby
@@ -216,7 +217,13 @@ class Tokenizer:
         Raises ValueError where the template is broken or unsafe, or refuses the messages."""
         template = (tools and self.tool_use_template) or self.chat_template
         more = self.special_tokens | more | {"tools": tools}
-        return render_chat_template(template, messages, add_generation_prompt, more, self.date)
+        render = functools.partial(render_chat_template, template, date=self.date)
+        text = render(messages, add_generation_prompt, more)
+        if any(m.get("content", "") is None for m in messages):  # beside tool_calls
+            with_text = [m | {"content": m.get("content") or ""} for m in messages]
+            if text.count("None") > render(with_text, add_generation_prompt, more).count("None"):
+                raise ValueError("the chat template writes None where a message has no content")
+        return text
 
     def unused(self, template_kwargs: dict) -> list[str]:
         """Which of a row's chat_template_kwargs no template here mentions, in words."""
@@ -276,6 +283,11 @@ class Tokenizer:
             named = {name: self.special_tokens.get(name) for name in ("bos_token", "eos_token")}
             changed = {name: text for name, text in named.items() if text} | changed
             changed["tokenizer_class"] = self.class_elsewhere
+            # Of this class transformers 4 would give a model token_type_ids, too.
+            changed.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if isinstance(more := changed.get("extra_special_tokens"), list):  # as transformers 5 saves
+            del changed["extra_special_tokens"]  # them; 4 takes only this name for a list
+            changed.setdefault("additional_special_tokens", more)
         if str(changed.get("tokenizer_class")).startswith("LlamaTokenizer"):
             changed.setdefault("legacy", False)  # transformers 4 and 5 have different defaults
         if changed != config:
@@ -494,7 +506,8 @@ SPACES_AND_WORD = re.compile("▁*[^▁]+|▁+").findall
 def class_elsewhere(config: dict, normalizer: list[dict], pre_tokenizer: list[dict]) -> str | None:
     """The tokenizer_class by which transformers reads the same file as it is; None: its own does.
 
-    transformers 5 builds the classes below by their own steps, whatever steps the file has.
+    transformers 5 builds the classes below by their own steps, whatever steps the file has. A
+    TokenizersBackend is unknown to transformers 4, where a CodeGenTokenizer refuses add_bos_token.
     """
     kind = str(config.get("tokenizer_class")).removesuffix("Fast")
     steps = [step["type"] for step in (*normalizer, *pre_tokenizer)]
@@ -504,10 +517,14 @@ def class_elsewhere(config: dict, normalizer: list[dict], pre_tokenizer: list[di
     alike = {
         "GPT2Tokenizer": steps == ["ByteLevel"] and not pre_tokenizer[0].get("add_prefix_space"),
         "Qwen2Tokenizer": steps == ["NFC", "Split", "ByteLevel"] and patterns == [QWEN2_WORDS],
-        "LlamaTokenizer": "ByteLevel" in steps
-        or (has_prefix and {*steps} <= {"Prepend", "Replace", "Metaspace"}),
+        # Of byte-level files 5.0 to 5.15 made a LlamaTokenizer over characters (#45488, #48206).
+        "LlamaTokenizer": has_prefix and {*steps} <= {"Prepend", "Replace", "Metaspace"},
+        "CodeLlamaTokenizer": False,
         "GemmaTokenizer": steps in (["Replace", "Split"], ["Replace"]),
+        "TokenizersBackend": False,
     }
+    if kind == "CodeGenTokenizer" and alike["GPT2Tokenizer"]:
+        return "GPT2Tokenizer"
     return None if alike.get(kind, True) else "PreTrainedTokenizerFast"
 
 

@@ -19,7 +19,7 @@ from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 
-from formats.files import read_json
+from formats.files import HUB_NAME, read_json
 
 
 def flag(group: str, default, help: str, choices=None, least=None, below=math.inf, **more):
@@ -374,6 +374,8 @@ def parse(argv: list[str] | None, about: str = "") -> TrainConfig:
     config = TrainConfig(**(settings | given))
     config.check()
     config.check_together()
+    if config.resume and config.dtype is None:  # another device may have another default
+        config.dtype = (read_settings(Path(config.out)) or {}).get("dtype")
     return config
 
 
@@ -411,7 +413,10 @@ def read_config(file: Path) -> dict:
         meant = did_you_mean(unknown) or f"; known: {', '.join(names)}"
         raise ValueError(f"{file}: unknown: {', '.join(unknown)}{meant}")
     for name in PATHS:
-        if isinstance(settings.get(name), str):
-            settings[name] = os.path.relpath(file.parent / settings[name])
+        if isinstance(value := settings.get(name), str):
+            beside = os.path.relpath(file.parent / value)
+            on_hub = name == "model" and "/" in value and re.fullmatch(HUB_NAME, value)
+            there = os.path.exists(beside) or os.path.exists(value)
+            settings[name] = value if on_hub and not there else beside
     TrainConfig(**settings).check(f"{file}: ")
     return settings

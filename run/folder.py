@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from run.flags import (
     refuse_other_settings,
     settings_of,
 )
-from run.processes import barrier, max_over_processes, rank
+from run.processes import barrier, max_over_processes, rank, world_size
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 LOCK = ".lock"
 FINISHED = "finished"  # a file with the last step
-FOLDERS = ("checkpoints", "model", "best", "adapters")
+FOLDERS = ("checkpoints", "model", "best", "adapters", "tensorboard")
 
 
 @contextlib.contextmanager
@@ -153,10 +154,28 @@ def claim_folder(config: TrainConfig):
         problem = f"holds {' and '.join(found)}, which no run has made; name another folder"
         raise ValueError(f"--out {out}: {problem}")
     with locked(out) if rank() == 0 else contextlib.nullcontext():
+        refuse_several(out)
         if holds_run(out) and not (config.resume or config.overwrite):
             problem = "holds a run; add --resume or --overwrite, or name another folder"
             raise ValueError(f"--out {out}: {problem}")
         yield out
+
+
+def refuse_several(out: Path):
+    """Raises ValueError in a process that has another folder under this name than process 0, as on
+    machines without a file system in common: a checkpoint would be scattered over them."""
+    if world_size() == 1:
+        return
+    marker = out / f".seen-{max_over_processes(time.time_ns())}"
+    if rank() == 0:
+        marker.touch()
+    barrier()
+    seen = marker.exists()
+    barrier()
+    if rank() == 0:
+        marker.unlink()
+    if not seen:
+        raise ValueError(f"--out {out}: name a folder that all machines share; this one is not")
 
 
 def existing_parent(path: Path) -> Path:

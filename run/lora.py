@@ -5,6 +5,7 @@ more. model.py knows nothing of them.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -91,10 +92,13 @@ def write_adapters(
         tensors[f"{name}.lora_B.weight"] = torch.block_diag(*(lora_B for _, lora_B in parts))
         parts_of[module.rpartition(".")[2]] = len(parts)
     joined = {module: n for module, n in parts_of.items() if n > 1}
+    base = str(Path(base).resolve())
+    if of_hub := re.search(r"/models--([^/]+)/snapshots/[^/]+$", base):  # its name, not our cache
+        base = of_hub[1].replace("--", "/")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(Path(base).resolve()),
+        "base_model_name_or_path": base,
         "target_modules": sorted(parts_of),
         "r": rank,
         "lora_alpha": alpha,  # peft multiplies by alpha / r, as we do

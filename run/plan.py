@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -117,6 +118,28 @@ def tell_model(model: Transformer, config: TrainConfig):
 def bytes_of(pair: Pair) -> bytes:
     """The prompt, as something that a set can hold."""
     return np.asarray(pair.prompt, np.int32).tobytes()
+
+
+def tell_problems(model: Transformer, tokenizer, pairs: list[Pair], eval_pairs: list[Pair]):
+    """Warns of what a user should know of the pairs before the first step."""
+    tell_overlap(pairs, eval_pairs)
+    if names := unlearnable(model, tokenizer, pairs):
+        text = f"warning: adapters do not change lm_head, whose rows of {', '.join(names)} are zero"
+        tell("", f"{text} or like other tokens': the model cannot learn when to write them.")
+        tell("", "Train without --lora-rank, or on a model or a chat template that ends otherwise")
+
+
+def unlearnable(model: Transformer, tokenizer, pairs: list[Pair]) -> list[str]:
+    """The special tokens of the chosen responses that a frozen lm_head cannot tell from others, as
+    a base model never saw those of a chat template."""
+    head = model.lm_head_weight
+    if head.requires_grad or not pairs:
+        return []
+    special = tokenizer.added_ids | {tokenizer.eos_id}
+    used = special & {*np.unique(np.concatenate([pair.chosen for pair in pairs])).tolist()}
+    first = head[:, :64]  # of two rows that differ, these do
+    alike = [i for i in sorted(used) if not head[i].any() or (first == first[i]).all(1).sum() > 1]
+    return [repr(tokenizer.decode([i])) for i in alike]
 
 
 def tell_overlap(pairs: list[Pair], eval_pairs: list[Pair]):
@@ -234,7 +257,8 @@ def peak_memory_gb(device) -> float:
     """GB (2^30) at the most so far: of CUDA's allocator, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KB on Linux
 
 
 def tell_peak(device, several: bool):

@@ -138,6 +138,8 @@ def pick_device(config: TrainConfig) -> torch.device:
         # With its index: a device without one means the current GPU, and set_device refuses it.
         index = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
         n = torch.cuda.device_count()
+        if several and n == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            index = 0  # of srun --gpus-per-task=1, which shows each process only its own
         if index >= n:
             which = f" (local rank {index})" if several else ""
             raise ValueError(f"--device {wanted}{which}: this machine shows {n} CUDA devices")
@@ -154,7 +156,13 @@ def pick_device(config: TrainConfig) -> torch.device:
     if several and not dist.is_initialized():
         # Hours, as the others wait while process 0 writes a large model.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+        except RuntimeError as error:  # of gloo, or of the store at MASTER_ADDR
+            reason = str(error).partition("\n")[0]
+            advice = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the machines' common network"
+            problem = f"the processes do not find each other ({reason:.300})"
+            raise ValueError(f"{problem}; {advice} interface, and look at MASTER_ADDR") from None
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device

@@ -336,7 +336,7 @@ MUTANTS = [
     Mutant("the digest leaves the rejected answer out", "run/saving.py",
            "for ids in pair[:3]:", "for ids in pair[:2]:", "resume"),
     Mutant("memory is printed in 1/1024 of gigabytes", "run/plan.py",
-           "ru_maxrss / 2**20", "ru_maxrss / 2**30", "plan"),
+           "else 2**20)", "else 2**30)", "plan"),
     Mutant("blocks computed twice count twice", "run/plan.py",
            "again = share / (", "again = share * (", "plan"),
     Mutant("time left from the run's beginning", "run/log.py",

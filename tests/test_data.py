@@ -321,7 +321,9 @@ def test_ignored_columns_are_counted_in_one_line(tmp_path):
 def test_prompts_that_are_all_empty_are_warned_of(tmp_path):
     empty = row(prompt="")
     assert "all prompts are empty" in about([empty, row(prompt=...)], tmp_path)
-    assert "all prompts are empty" not in about([empty, row()], tmp_path)
+    few = about([row(), empty], tmp_path)
+    assert f"warning: 1 of 2 prompts are empty (first: {tmp_path}/rows.jsonl:2)" in few
+    assert "prompts are empty" not in about([row()], tmp_path)
 
 
 def test_prompts_that_run_into_their_answer_are_counted_and_one_is_shown(tmp_path):
@@ -450,6 +452,33 @@ def test_a_tokenizer_without_bos_and_eos():
 
     assert tokens(encode_pair(Bare(), row_of("q", "a", "b"), 9, 9)) == [[113], [97], [98]]
     assert "empty prompt" in encode_pair(Bare(), row_of("", "a", "b"), 9, 9)
+
+
+@pytest.mark.parametrize("prompt", [[user("")], [user(" \n")], [SYSTEM, user("")]])
+def test_messages_that_ask_nothing_are_an_empty_prompt(prompt, tokenizer):
+    """Whatever the template writes around them."""
+    row = row_of(prompt, [assistant("a")], [assistant("b")])
+    assert encode_pair(tokenizer, row, 999, 999) == "empty prompt"
+
+
+def test_an_empty_prompt_gives_way_to_another_column(tmp_path):
+    """As prepare.py reads it; sets that were merged have both."""
+    row = {"prompt": "", "question": "What is 2 + 2?", "chosen": " 4.", "rejected": " 5."}
+    (got,) = load_preferences(write_rows(tmp_path / "rows.jsonl", row))
+    assert (got.prompt, got.chosen) == ("What is 2 + 2?", " 4.")
+
+
+def test_a_template_that_writes_none_in_place_of_no_content_is_refused(tokenizer):
+    """Llama 3's and Gemma's trim it, and jinja makes text of it."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    answers = [{"role": "assistant", "content": None, "tool_calls": [call]}], [assistant("b")]
+    row = row_of([user("None of it?")], *answers)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }};{% endfor %}"
+    assert "writes None where a message has no content" in encode_pair(tokenizer, row, 999, 999)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content or m.tool_calls | tojson }};{% endfor %}"
+    )
+    assert isinstance(encode_pair(tokenizer, row, 999, 999), Pair)
 
 
 # -----------------------------------------------------------------------------

@@ -413,12 +413,12 @@ def test_the_experiments_report_is_written_with_its_figure(tmp_path):
 
 
 def ends_of(margins: dict[str, float], rejected: dict[str, float]) -> dict:
-    """Twenty pairs a method, with a little spread, about these means."""
-    spread = torch.linspace(-0.01, 0.01, 20)
+    """(20, 2): twenty pairs and two seeds a method, with a little spread, about these means."""
+    spread = torch.linspace(-0.01, 0.01, 20)[:, None] + torch.tensor([-0.001, 0.001])
     return {
         name: {
-            "rejected": (rejected[name] + spread).tolist(),
-            "chosen": (rejected[name] + margins[name] + 2 * spread).tolist(),
+            "rejected": rejected[name] + spread,
+            "chosen": rejected[name] + margins[name] + 2 * spread,
         }
         for name in margins
     }
@@ -426,7 +426,7 @@ def ends_of(margins: dict[str, float], rejected: dict[str, float]) -> dict:
 
 def test_the_claims_about_a_real_model_can_come_out_both_ways():
     sft, small, large = real_model.METHODS
-    base = {"chosen": [-2.0] * 20, "rejected": [-2.0] * 20}
+    base = {"chosen": torch.full((20, 1), -2.0), "rejected": torch.full((20, 1), -2.0)}
     margins = {sft: -0.1, small: 0.0, large: 0.5}
     good = ends_of(margins, {sft: -1.5, small: -1.6, large: -2.5})
     assert {k: v[0] for k, v in real_model.judge(base, good).items()} == {
@@ -453,6 +453,8 @@ def test_a_real_model_is_trained_by_every_method_and_kept(shared, tmp_path, monk
     flags += [shared / "alpaca-pairs" / "eval.jsonl", "--try", "--out", tmp_path]
     monkeypatch.setattr("sys.argv", ["real_model", *map(str, flags)])
     real_model.main()
-    assert len([*tmp_path.iterdir()]) == 2 * len(real_model.METHODS)
+    runs = 1 + len(real_model.SMALL.seeds)  # the choice of a rate, and a run of each seed
+    assert len([*tmp_path.iterdir()]) == 1 + runs * len(real_model.METHODS)
     monkeypatch.setattr(real_model, "fit", None)
+    monkeypatch.setattr(real_model, "untrained", None)
     real_model.main()

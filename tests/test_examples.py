@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -237,6 +238,44 @@ def test_prepare_takes_the_training_split_of_a_folder(files, flags, taken, tmp_p
     assert done.startswith(f"taken: {folder / files[taken[0]]}")
 
 
+def test_a_split_of_a_file_is_its_rows_with_that_name(tmp_path):
+    """As in HelpSteer2's file, which holds both splits; the shell expands *.parquet to files."""
+    file, out = tmp_path / "all.jsonl", tmp_path / "out.jsonl"
+    names = ["train", "validation", "train"]
+    rows = [QA | {"prompt": messages(f"u:{i}"), "split": x} for i, x in enumerate(names)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    printed = prepared(file, "--out", out)
+    assert "warning: the rows are of several splits (train 2, validation 1): --split" in printed
+    printed = prepared(file, "--out", out, "--split", "validation")
+    assert "1 pairs of 3 rows" in printed and "left out: 2 rows of other splits" in printed
+    assert [row.prompt[0]["content"] for row in data.load_preferences(out)] == ["1"]
+    error = prepared(file, "--out", out, "--split", "test", code=2)
+    assert "all.jsonl: --split test: no row has this name in a column `split`" in error
+    assert out.read_text().count("\n") == 1
+
+
+def test_an_input_that_adds_nothing_is_named(tmp_path):
+    for name, text in (("a", json.dumps(QA)), ("b", ""), ("c", "version https://git-lfs.githu")):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    files = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    printed = prepared(*files[:2], "--out", tmp_path / "out")
+    assert f"warning: {files[1]}: no rows" in printed and f"{files[0]}: no" not in printed
+    error = prepared(*files, "--out", tmp_path / "out", code=2)
+    assert f"{files[2]}: broken: a Git LFS pointer" in error
+
+
+def test_prepare_writes_through_a_link_and_over_no_device(tmp_path):
+    file, real, link = (tmp_path / name for name in ("a.jsonl", "real.jsonl", "link.jsonl"))
+    file.write_text(json.dumps(QA))
+    link.symlink_to(real)
+    prepared(file, "--out", link)
+    assert link.is_symlink() and real.read_text().count("\n") == 1
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    error = prepared(file, "--out", tmp_path / "pipe", code=2)
+    assert "pipe: is no file; name one for the pairs" in error
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_prepare_takes_the_only_file_of_a_folder(tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "orca_rlhf.jsonl").write_text(json.dumps(QA))
@@ -418,14 +457,15 @@ def test_a_model_without_a_template_gets_plain_text(
         (folder / "chat_template.jinja").write_text(jinja)
     seen = []
     monkeypatch.setattr(sample, "talk", lambda *a, **more: seen.append((a[2:], more)))
-    more = ["--top-p", "0.5", "--seed", "7", "--max-new-tokens", "3", "--device", "cpu"]
+    more = ["--temperature", "0.5", "--top-p", "0.5", "--seed", "7", "--max-new-tokens", "3"]
+    more += ["--device", "cpu"]
     run(sample, folder, "Hi", *flags, *more)
-    run(sample, folder, *flags, "--device", "cpu", "--temperature", "0.5")
+    run(sample, folder, *flags, "--device", "cpu")
     (one, first), (two, second) = seen
     assert one == ("Hi", plain) and two == (None, plain)
-    assert (first["max_new"], first["temperature"], first["top_p"]) == (3, 0.0, 0.5)
+    assert (first["max_new"], first["temperature"], first["top_p"]) == (3, 0.5, 0.5)
     assert first["generator"].initial_seed() == 7
-    assert (second["max_new"], second["temperature"], second["top_p"]) == (512, 0.5, None)
+    assert (second["max_new"], second["temperature"], second["top_p"]) == (512, 0.0, None)
     assert second["generator"].initial_seed() == 42
     monkeypatch.setattr(sample, "answer_file", lambda m, t, rows, name, *_, **o: [name, *rows])
     (tmp_path / "q.json").write_text('[{"prompt": "?"}]')
@@ -471,6 +511,41 @@ def test_sample_says_what_is_wrong_with_its_input(tmp_path):
         (tmp_path / "q.jsonl").write_text(text)
         assert f"q.jsonl: {problem}" in run(sample, *words, "--out", tmp_path / "a", code=2)[1]
     assert "no such file" in run(sample, tmp_path / "nowhere", "?", code=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-new-tokens", "-1"], "--max-new-tokens -1: at least 1"),
+        (["--batch-tokens", "0"], "--batch-tokens 0: at least 1"),
+        (["--temperature", "-1"], "--temperature -1.0: a number from 0 is wanted"),
+        (["--temperature", "nan"], "--temperature nan: a number from 0 is wanted"),
+        (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: a number above 0 and up to 1"),
+        (["--top-p", "0.9"], "--top-p: at --temperature 0, the default, nothing is sampled"),
+        (["--device", "cuda:77"], ""),
+    ],
+)
+def test_sample_refuses_flags_that_mean_nothing(flags, words):
+    error = run(sample, BASE, "?", *flags, code=2)[1]
+    assert error.startswith(f"sample.py: {words}") and len(error.splitlines()) == 1
+
+
+def test_a_dialogue_may_be_left_by_ctrl_c(monkeypatch):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    error = run(sample, BASE, "--device", "cpu", code=130)[1]
+    assert error.splitlines()[-1] == "sample.py: stopped by Ctrl-C"
+
+
+def test_questions_may_begin_with_a_bom_and_hold_any_line_end_of_unicode(tmp_path):
+    file = tmp_path / "q.jsonl"
+    lines = ['{"prompt": "a\u2028b\u0085c"}', '{"prompt": "d"}']
+    for text in ("\n".join(lines), "\r\n".join(lines) + "\r\n", f"[{','.join(lines)}]"):
+        file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        rows = sample.read_questions(file)
+        assert [row["prompt"] for row in rows] == ["a\u2028b\u0085c", "d"]
 
 
 def test_sample_says_which_question_fills_the_context(tmp_path):
@@ -640,12 +715,15 @@ def test_a_run_is_followed_by(to, runs, monkeypatch):
             add_scalar=lambda name, x, step: sent.append((step, x)),
             close=lambda: sent.append("end"),
         )
-        module = SimpleNamespace(SummaryWriter=lambda out, flush_secs: add)
+        (runs[0] / "tensorboard").mkdir()
+        (runs[0] / "tensorboard" / "events.of.an.earlier.follow.py").touch()
+        module = SimpleNamespace(SummaryWriter=lambda out, flush_secs: sent.append(out.name) or add)
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(follow, "find_spec", lambda _: True)
     monkeypatch.setattr(follow, "follow", lambda out, send: send(3, {"loss": 1.5}))
     follow.main([str(runs[0]), "--to", to])
-    assert sent == [(3, 1.5), "end"]
+    assert sent == ["tensorboard"] * (to == "tensorboard") + [(3, 1.5), "end"]
+    assert not (runs[0] / "tensorboard").exists()  # its rows were sent anew
 
 
 def test_a_follower_that_is_not_installed_or_has_no_run_says_so(tmp_path):

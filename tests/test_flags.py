@@ -209,6 +209,29 @@ def test_every_path_of_a_config_is_relative_to_it_and_written_whole(name, tmp_pa
     assert settings_of(config).get(name) == (None if name == "out" else str(tmp_path / "mine"))
 
 
+def test_a_model_of_a_config_may_be_a_name_on_the_hub(tmp_path, monkeypatch):
+    """Where no such folder lies beside the file; one in the current folder is not meant."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "configs" / "mine.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"model": "ORG/NAME", "data": "d", "out": "o"}))
+    parsed = [train.parse(["--config", str(file)]).model]
+    (tmp_path / "ORG" / "NAME").mkdir(parents=True)
+    parsed.append(train.parse(["--config", str(file)]).model)
+    (file.parent / "ORG" / "NAME").mkdir(parents=True)
+    parsed.append(train.parse(["--config", str(file)]).model)
+    assert parsed == ["ORG/NAME", "configs/ORG/NAME", "configs/ORG/NAME"]
+
+
+def test_a_resumed_run_keeps_the_dtype_that_its_first_device_chose(tmp_path):
+    """On a card of another kind the default may be another one, which nobody asked for."""
+    (tmp_path / "run.json").write_text(json.dumps({"lam": 0.1, "dtype": "bfloat16"}))
+    flags = ["--model", "m", "--data", "d", "--out", str(tmp_path)]
+    assert train.parse(flags).dtype is None
+    assert train.parse([*flags, "--resume"]).dtype == "bfloat16"
+    assert train.parse([*flags, "--resume", "--dtype", "float32"]).dtype == "float32"
+
+
 def test_no_flag_means_the_built_in_job():
     config = train.parse([])
     assert Path(config.model).resolve() == (FACTS / "base").resolve()
@@ -314,6 +337,33 @@ def test_a_device_that_is_not_there_is_refused(device, words):
     with pytest.raises(ValueError) as error:
         pick_device(train.TrainConfig(device=device))
     assert str(error.value) == words.format(torch.cuda.device_count())
+
+
+@pytest.mark.parametrize(("by_torchrun", "index"), [(True, None), (False, 0)])
+def test_of_srun_each_process_may_see_only_its_own_card(by_torchrun, index, monkeypatch):
+    monkeypatch.setattr("run.processes.is_one_of_several", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("run.processes.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        with pytest.raises(ValueError, match="local rank 3"):
+            pick_device(train.TrainConfig(device="cuda"))
+    else:
+        assert pick_device(train.TrainConfig(device="cuda")) == torch.device("cuda", index)
+
+
+def test_processes_that_do_not_find_each_other_are_told_what_to_set(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed with ...\nmore")
+
+    monkeypatch.setattr("run.processes.is_one_of_several", lambda: True)
+    monkeypatch.setattr("torch.distributed.init_process_group", fails)
+    with pytest.raises(ValueError, match=r"find each other \(Gloo .* \.\.\.\); set GLOO_SO"):
+        pick_device(train.TrainConfig(device="cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -341,6 +341,21 @@ def test_a_vote_without_a_turn_is_about_the_whole_dialogue():
     assert (len(found.prompt), found.chosen) == (3, GARDA["chosen"])
 
 
+def test_a_helpsteer_prompt_of_several_turns_becomes_messages():
+    asked = "Name a lake.\n<extra_id_1>Assistant\nGarda.\n\n<extra_id_1>User\nIn Asia?\nOne only."
+    row = {"prompt": asked, "response_1": "Baikal.", "response_2": "No.", "preference_strength": -1}
+    found, _ = convert(row, "FILE:1")
+    assert found.prompt == messages("u:Name a lake.", "a:Garda.\n", "u:In Asia?\nOne only.")
+    assert (found.chosen, found.rejected) == (messages("a:Baikal."), messages("a:No."))
+
+
+@pytest.mark.parametrize("column", ["context", "messages", "conversations"])
+def test_text_in_a_column_that_holds_dialogues_elsewhere_asks_where_the_user_says_so(column):
+    row = {column: "2 + 2?", "chosen": "4", "rejected": "5"}
+    found, _ = convert(row, "FILE:1", column)
+    assert (found.prompt, found.chosen) == (messages("u:2 + 2?"), messages("a:4"))
+
+
 def test_text_that_only_begins_with_human_is_text():
     for prompt in ("Human: A Brief History is a book by whom?", "Human: hi\nAssistant:"):
         found, form = convert({"prompt": prompt} | answers("chosen", "rejected"), "FILE:1")
@@ -403,6 +418,9 @@ def test_the_user_names_the_column_that_asks(tmp_path):
 def test_text_under_prompt_becomes_a_message_only_if_the_user_names_it(flags, tmp_path):
     row = {"prompt": "Name a lake.", "chosen": "Garda.", "rejected": "No."}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    if flags:  # the space by which it continues a prompt is no part of a message
+        row["chosen"] = " Garda."
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     printed = prepared(tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl", *flags)
     assert ("1 from prompt as the user's message" in printed) == bool(flags)
     assert json.loads((tmp_path / "out.jsonl").read_text()) == (GARDA if flags else row)

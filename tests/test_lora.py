@@ -14,7 +14,7 @@ import train
 from formats.families import FAMILIES
 from formats.weights import read_safetensors
 from model import Linear, ModelConfig, Transformer, trainable
-from run.lora import LoRALinear, add_lora, lora_layers, merge_lora
+from run.lora import LoRALinear, add_lora, lora_layers, merge_lora, write_adapters
 from run.plan import step_flops
 from run.saving import Run, norm_of, save_adapters, save_checkpoint, save_model, training_state
 from tests.runs import (
@@ -254,6 +254,15 @@ def test_adapters_then_an_export_then_the_whole_model(arguments, tmp_path):
     assert not (tmp_path / "second" / "adapters").exists()
     named = json.loads((tmp_path / "out" / "adapters" / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == model
+
+
+def test_adapters_name_a_model_of_the_hub_and_not_this_machines_cache(tmp_path):
+    for name in ("hub/models--ORG--NAME-7B/snapshots/abc", "hub/models--gpt2/snapshots/abc"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        write_adapters(folder, "llama", {}, 2, 4.0, folder)
+        named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert named == ("gpt2" if "gpt2" in name else "ORG/NAME-7B")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

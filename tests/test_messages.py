@@ -48,6 +48,20 @@ def test_text_that_is_no_dialogue_stays_text(text):
     assert messages_of(text) == text
 
 
+def test_keys_that_only_other_rows_have_are_left_out_of_calls_and_tools():
+    """As `datasets` writes them into JSON. A null in a text of JSON is the author's own."""
+    function = {"name": "weather", "arguments": {"city": "Lima", "x": None}, "y": None}
+    call = {"type": "function", "id": None, "function": function}
+    (got,) = messages_of([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert got["tool_calls"] == [CALL]
+    text = {"name": "weather", "arguments": '{"x": null}'}
+    (got,) = messages_of([A | {"tool_calls": [{"function": text}]}])
+    assert got["tool_calls"][0]["function"]["arguments"] == {"x": None}
+    tool = {"type": "function", "function": {"parameters": {"city": {"type": "string"}, "x": None}}}
+    (got,) = tools_of([tool])
+    assert got["function"]["parameters"] == {"city": {"type": "string"}}
+
+
 def test_other_keys_stay_and_calls_are_objects():
     """OpenAI writes arguments as JSON text, ShareGPT a call as an answer of its own role."""
     as_text = CALL | {"function": {"name": "weather", "arguments": '{"city": "Lima"}'}}
@@ -228,8 +242,9 @@ def test_a_template_file_that_is_laid_out_for_people_is_read_as_its_authors_do(t
         ("after a tag that strips", "{% if true -%}\n    {{ 'a' }}\n{% endif %}b", "a\nb"),
         ("with text of several lines", "{{- 'a\n    {{ b' }}", "a\n    {{ b"),
     ):
-        (tmp_path / "t.jinja").write_text(template)
-        assert written(read_template_file(tmp_path / "t.jinja")) == wanted, name
+        for encoding in ("utf-8", "utf-8-sig"):  # the second as Windows writes it, with a BOM
+            (tmp_path / "t.jinja").write_text(template, encoding=encoding)
+            assert written(read_template_file(tmp_path / "t.jinja")) == wanted, name
 
 
 def test_several_templates_without_a_default_are_refused_by_name(tiny_tokenizer, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 import data
 import train
-from data import step_pairs
+from data import Pair, step_pairs
 from model import ModelConfig, Transformer, trainable
 from run.lora import add_lora
 from run.plan import (
@@ -26,8 +26,10 @@ from run.plan import (
     tell_model,
     tell_overlap,
     tell_peak,
+    tell_problems,
     tell_slow_bfloat16,
     time_line,
+    unlearnable,
 )
 from tests.forked import call
 from tests.small import random_pairs, some_pairs, tiny
@@ -232,6 +234,14 @@ def test_the_memory_of_a_process_is_in_gigabytes():
     assert peak_memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_a_mac_counts_memory_in_bytes(platform, unit, monkeypatch):
+    monkeypatch.setattr("sys.platform", platform)
+    usage = SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    assert peak_memory_gb(torch.device("cpu")) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rate_of_products_is_in_operations_a_second(monkeypatch, dtype):
     """By a clock on which the fifth round takes a 64th of a second and the others a 32nd."""
@@ -395,6 +405,32 @@ def test_prompts_that_are_trained_on_are_not_held_out(capsys):
     assert capsys.readouterr().out == ""
     tell_overlap(pairs[:3], pairs[2:])
     assert "1 of 2 pairs have a prompt that is trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: w, []),
+        (lambda w: w[7].zero_(), ["'7'"]),
+        (lambda w: w[9].copy_(w[50]), ["'9'"]),
+        (lambda w: w[8].zero_(), []),  # only in the rejected
+        (lambda w: w[60].zero_(), []),  # not a special one
+    ],
+)
+def test_tokens_that_adapters_cannot_learn_to_write_are_named(change, named, capsys):
+    """As of a chat template that the base model never saw."""
+    model = Transformer(ModelConfig(100, 16, 1, 2, 24, tie_embeddings=False))
+    ids = torch.arange(3, 90).numpy()
+    pairs = [Pair(ids[:1], ids[[4, 6, 57]], ids[[5, 57]], "x:1")]
+    tokenizer = SimpleNamespace(added_ids={7, 8, 9}, eos_id=2, decode=lambda ids: str(ids[0]))
+    with torch.no_grad():
+        change(model.lm_head.weight)
+    assert unlearnable(model, tokenizer, pairs) == []  # all weights are trained
+    add_lora(model, 2, 4.0)
+    assert unlearnable(model, tokenizer, pairs) == named
+    tell_problems(model, tokenizer, pairs, [])
+    said = capsys.readouterr().out
+    assert ("the model cannot learn when to write them" in said) == bool(named)
 
 
 HOLDING = """

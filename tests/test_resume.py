@@ -429,6 +429,18 @@ def test_other_pairs_under_the_same_name_are_refused(arguments, folder, tmp_path
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(("first", "words"), [(True, "had evaluation pairs: give"), (False, "no ")])
+def test_evaluation_pairs_that_come_or_go_are_named(first, words, arguments, tmp_path, capsys):
+    """And not the training file, which is the right one."""
+    at = arguments.index("--eval-data")
+    without = arguments[:at] + arguments[at + 2 :]
+    commands = (arguments, without) if first else (without, arguments)
+    run(commands[0], "--max-steps", "2")
+    (tmp_path / "out" / "finished").unlink()
+    message = fails(capsys, [*commands[1], "--max-steps", "2", "--resume"])
+    assert words in message and "--eval-data" in message and "train.jsonl" not in message
+
+
 def test_the_last_step_leaves_a_checkpoint(whole):
     assert [f.name for f in (whole.out / "checkpoints").iterdir()] == ["step-00000012"]
 

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from run.flags import settings_of
-from run.folder import is_finished, locked, replaced, tidy
+from run.folder import FOLDERS, is_finished, locked, refuse_several, replaced, tidy
 from tests.runs import fails, file_bytes, run
 
 
@@ -72,6 +72,20 @@ def test_a_folder_belongs_to_one_process(arguments, tmp_path, capsys):
         (tmp_path / "out").mkdir(exist_ok=True)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_that_only_one_machine_has_is_refused(shared, tmp_path, monkeypatch):
+    """Seen from the second of two processes: process 0 leaves a file, and it is there or not."""
+    monkeypatch.setattr("run.folder.world_size", lambda: 2)
+    monkeypatch.setattr("run.folder.rank", lambda: 1)
+    monkeypatch.setattr("run.folder.max_over_processes", lambda number: 17)
+    monkeypatch.setattr("run.folder.barrier", lambda: None)
+    if shared:
+        (tmp_path / ".seen-17").touch()
+        return refuse_several(tmp_path)
+    with pytest.raises(ValueError, match="name a folder that all machines share; this one is not"):
+        refuse_several(tmp_path)
+
+
 def test_overwrite_replaces_an_earlier_run_and_nothing_else(arguments, tmp_path, capsys):
     run(arguments, "--max-steps", "2", "--save-every", "1")
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -90,7 +104,8 @@ def test_the_best_model_is_not_replaced_by_a_run_on_it(arguments, capsys, tmp_pa
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
 @pytest.mark.parametrize(
-    "name", ["model", "best", "adapters", "checkpoints", "run.json", "metrics.jsonl", "finished"]
+    "name",
+    [*FOLDERS, "run.json", "metrics.jsonl", "finished"],
 )
 def test_what_bears_our_names_and_is_not_ours_is_refused(name, flag, arguments, tmp_path, capsys):
     (tmp_path / "out").mkdir()

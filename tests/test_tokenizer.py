@@ -237,6 +237,38 @@ def test_what_a_llama_tokenizer_does_without_a_word_is_said(make_json, tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["legacy"] is False
 
 
+@pytest.mark.parametrize(
+    ("kind", "spec", "elsewhere"),
+    [
+        ("LlamaTokenizerFast", byte_level(), "PreTrainedTokenizerFast"),  # DeepSeek's
+        ("CodeLlamaTokenizer", llama2(), "PreTrainedTokenizerFast"),
+        ("TokenizersBackend", byte_level(), "PreTrainedTokenizerFast"),
+        ("CodeGenTokenizer", byte_level(), "GPT2Tokenizer"),  # Phi-2's
+        ("GPT2Tokenizer", byte_level(), None),
+        ("LlamaTokenizer", llama2(), None),
+    ],
+)
+def test_the_class_that_we_hand_on_is_read_alike_by_transformers_4_and_5(
+    kind, spec, elsewhere, make_json, tmp_path
+):
+    """And gives a model of transformers 4 no token_type_ids, which it would refuse."""
+    make_json(spec, tokenizer_class=kind).save_class(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == (elsewhere or kind)
+    assert config.get("model_input_names") == (elsewhere and ["input_ids", "attention_mask"])
+
+
+def test_special_tokens_that_transformers_5_has_saved_have_the_name_that_4_reads(
+    make_json, tmp_path
+):
+    make_json(byte_level(), extra_special_tokens=["<s>"]).save_class(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == ["<s>"] and "extra_special_tokens" not in config
+    make_json(byte_level(), extra_special_tokens={"image_token": "<i>"}).save_class(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["extra_special_tokens"] == {"image_token": "<i>"}
+
+
 @pytest.mark.parametrize("scheme, behind", [("always", [265]), ("first", [260, 264])])
 def test_metaspace_puts_the_dummy_space(scheme, behind, make_json):
     t = make_json(metaspace(prepend_scheme=scheme))

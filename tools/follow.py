@@ -7,6 +7,7 @@ Needs the package of that name. What --resume computes again is not sent again.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from importlib.util import find_spec
@@ -25,7 +26,8 @@ def sender(to: str, out: Path):
         return lambda step, numbers: run.log(numbers, step=step), run.finish
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(out, flush_secs=5)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)  # all rows are sent anew
+    writer = SummaryWriter(out / "tensorboard", flush_secs=5)
 
     def send(step, numbers):
         for name, value in numbers.items():

@@ -122,6 +122,8 @@ def ask(row: dict, column: str | None) -> tuple[dict, str]:
             prompt = f"{prompt}\n\n{more}" if more else prompt
             form = f"{name} and input as the user's message"
         prompt = [{"role": "user", "content": prompt}]
+        if name == "prompt" and texts:  # without the space by which they continued it
+            sides = tuple(re.sub(r"^ (?=\S)", "", side) for side in sides)
     if is_list(prompt):
         sides = tuple(
             [{"role": "assistant", "content": side}] if isinstance(side, str) else side
@@ -141,7 +143,7 @@ def asking(row: dict, column: str | None):
     for key in (column,) if column else ("prompt", *QUESTIONS, *DIALOGUES):
         if row.get(key):
             value = messages_of(row[key])
-            if is_list(value) or (isinstance(value, str) and key not in DIALOGUES):
+            if is_list(value) or (isinstance(value, str) and (column or key not in DIALOGUES)):
                 return key, value
     return None, None
 
@@ -344,9 +346,20 @@ def pku(row: dict) -> dict:
 
 def helpsteer(asks: str, first: str, second: str, strength: str):
     def reader(row: dict) -> dict:
-        return {"question": row[asks]} | of_two(row[first], row[second], number(row[strength]))
+        asked = helpsteer_turns(row[asks])
+        return {"question": asked} | of_two(row[first], row[second], number(row[strength]))
 
     return reader
+
+
+def helpsteer_turns(asked):
+    """A prompt of several turns as messages, which HelpSteer2 writes as one text:
+    QUESTION<extra_id_1>Assistant ANSWER<extra_id_1>User QUESTION, on lines of their own."""
+    if not isinstance(asked, str) or "<extra_id_1>" not in asked:
+        return asked
+    first, *later = re.split(r"\n?<extra_id_1>(User|Assistant)\n", asked)
+    turns = [("user", first), *zip(map(str.lower, later[::2]), later[1::2], strict=True)]
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 READERS = {

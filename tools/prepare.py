@@ -19,11 +19,13 @@ read as
                 and more: docs/recipes.md has the table
 
 and written as prompt, chosen, rejected (and accept, tools, chat_template_kwargs). What cannot be
-used is counted by reason, and what is ignored by column.
+used is counted by reason, and what is ignored by column. --split names another split of a folder;
+of a file it takes the rows with that name in a column `split`.
 """
 
 import gzip
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -31,6 +33,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from formats.messages import without_nulls
 from formats.rows import Preference, parse_json, warnings_of
 from run.flags import page_parser
 from tools.forms import convert, scored_against
@@ -85,6 +88,8 @@ def read(path: Path):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             first = next((line for line in f if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
             f.seek(0)
+            if first.startswith(b"version https://git-lfs"):
+                raise ValueError("a Git LFS pointer, not the file itself: git lfs pull")
             if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 yield from enumerate(json.loads(f.read().decode("utf-8-sig")), 1)
                 return
@@ -93,6 +98,33 @@ def read(path: Path):
                     yield number, parsed(line)
     except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
         raise ValueError(f"{path}: broken: {error!s:.300}") from None
+
+
+def rows_of(file: Path, split: str | None, seen: Counter):
+    """Yields (FILE:NUMBER, row); with a split only those that have this name in a column `split`.
+    `seen` counts all rows by (file, that name). Raises ValueError."""
+    for number, row in read(file):
+        name = row.get("split") if isinstance(row, dict) else None
+        name = name if isinstance(name, str) else None
+        seen[file, name] += 1
+        if split in (None, name) or isinstance(row, ValueError):
+            yield f"{file}:{number}", row
+    if split and not seen[file, split]:
+        raise ValueError(f"{file}: --split {split}: no row has this name in a column `split`")
+
+
+def about_splits(files: list[Path], split: str | None, seen: Counter) -> list[str]:
+    """What a user should know of the splits that rows_of has counted, in lines."""
+    names = Counter()
+    for (_, name), n in seen.items():
+        names[name] += n
+    lines = [f"warning: {file}: no rows" for file in files if not any(file == f for f, _ in seen)]
+    if split and (others := sum(n for name, n in names.items() if name not in (None, split))):
+        lines.append(f"left out: {others} rows of other splits")
+    elif not split and len(names) > 1:
+        counted = ", ".join(f"{name or 'none'} {n}" for name, n in names.most_common())
+        lines.append(f"warning: the rows are of several splits ({counted}): --split takes one")
+    return lines
 
 
 def parsed(line: bytes):
@@ -120,13 +152,6 @@ def read_columns(path: Path):
         raise ValueError(error) from None
 
 
-def without_nulls(value):
-    """Without the keys that only other rows have: columns give each object the keys of all."""
-    if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
 def line_of(row: Preference) -> bytes:
     """A date, or another value that JSON has no form for, becomes text. Raises ValueError where a
     text has half a surrogate pair, which is nothing in UTF-8."""
@@ -148,7 +173,8 @@ def main(argv=None):
     parser.add_argument("--prompt", metavar="COLUMN", help=about)
     parser.add_argument("--chosen", metavar="COLUMN", help="the column of the better answer")
     parser.add_argument("--rejected", metavar="COLUMN", help="the column of the worse answer")
-    parser.add_argument("--split", help='of a folder (default: "train", or the only one)')
+    about = 'of a folder (default: "train", or the only one); of a file: its rows with this `split`'
+    parser.add_argument("--split", help=about)
     args = parser.parse_args(argv)
     try:
         answers = {"chosen": args.chosen, "rejected": args.rejected}
@@ -173,15 +199,19 @@ def prepare(
 ):
     """Writes `out`, which may be one of the inputs and stays as it is where there is an error.
     Raises OSError and ValueError with the name of a file."""
-    files = [file for path in inputs for file in files_of(path, split)]
-    if any(path.is_dir() for path in inputs):
+    files = {file: None for path in inputs if path.is_dir() for file in files_of(path, split)}
+    if files:
         print(f"taken: {', '.join(map(str, files))}")
-    rows, n, forms, dropped, odd = [], 0, Counter(), Counted(), Counted()
-    beside = out.with_name(out.name + ".tmp")
+    files |= {file: split for path in inputs if not path.is_dir() for file in files_of(path, None)}
+    rows, forms, seen, dropped, odd = [], Counter(), Counter(), Counted(), Counted()
+    target = out.resolve()  # of a link, so that it stays one
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{out}: is no file; name one for the pairs")
+    beside = target.with_name(target.name + ".tmp")
     try:
         with open(beside, "wb") as f:
-            for where, row in ((f"{file}:{i}", row) for file in files for i, row in read(file)):
-                n += 1
+            parts = (rows_of(file, name, seen) for file, name in files.items())
+            for where, row in itertools.chain.from_iterable(parts):
                 try:
                     found, form = convert(row, where, column, answers)
                     f.write(line_of(found))
@@ -194,13 +224,15 @@ def prepare(
                     odd.add(note, where)
         if not rows:
             reasons = "; ".join(dropped.lines()) or "the files are empty"
-            raise ValueError(f"{files[0]}: no pairs left of {n} rows: {reasons}")
-        beside.replace(out)
+            raise ValueError(
+                f"{next(iter(files))}: no pairs left of {seen.total()} rows: {reasons}"
+            )
+        beside.replace(target)
     except OSError as error:  # of writing: `read` makes its own a ValueError
         raise OSError(f"{out}: cannot be written: {error.strerror}") from None
     finally:
         beside.unlink(missing_ok=True)
-    print(f"{out}: {len(rows)} pairs of {n} rows")
+    print(f"{out}: {len(rows)} pairs of {seen.total()} rows")
     for form, k in forms.most_common():
         print(f"  {k} from {form}")
     texts = [row.where for row in rows if isinstance(row.prompt, str)]
@@ -208,7 +240,8 @@ def prepare(
         text = f"{len(texts)} rows are text (first: {texts[0]}), and the others are messages; only"
         more = "messages get the chat template; --prompt prompt makes messages of all"
         print(f"  warning: {text} {more}")
-    lines = [f"dropped: {line}" for line in dropped.lines()]
+    lines = about_splits([*files], split, seen)
+    lines += [f"dropped: {line}" for line in dropped.lines()]
     lines += [f"warning: {line}" for line in odd.lines()]
     for line in lines + warnings_of(rows):
         print(f"  {line}")

@@ -12,6 +12,7 @@ plain text. QUESTIONS is JSON or JSON Lines: with `instruction` (AlpacaEval's se
 import argparse
 import functools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -66,12 +67,11 @@ def stream(model, tokenizer, ids: list[int], max_new: int, **sampling) -> str:
 
 
 def read_questions(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8")
-    whole = text.lstrip().startswith("[")
+    text = path.read_text(encoding="utf-8-sig")
+    lines = text.split("\n")  # not splitlines(), as a text may hold U+2028, which JSON allows
     try:
-        rows = (
-            json.loads(text) if whole else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
+        whole = text.lstrip().startswith("[")
+        rows = json.loads(text) if whole else [json.loads(x) for x in lines if x.strip()]
     except ValueError as error:
         raise ValueError(f"{path}: neither JSON nor JSON Lines: {error}") from None
     if not rows:
@@ -184,23 +184,49 @@ def read_line() -> str:
         return ""
 
 
+def check(args: argparse.Namespace):
+    """Raises ValueError where the flags do not go together or are out of range."""
+    if args.file and args.question is not None:
+        raise ValueError("a question and --file: give one of the two")
+    if bool(args.file) != bool(args.out):
+        raise ValueError("--file and --out belong together")
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out}: this is a folder; name a file for the answers")
+    for name in ("max_new_tokens", "batch_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: a number from 0 is wanted")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p}: a number above 0 and up to 1 is wanted")
+    if args.top_p is not None and args.temperature == 0:
+        raise ValueError("--top-p: at --temperature 0, the default, nothing is sampled; give both")
+
+
 def main(argv=None):
-    args = parse(argv)
     try:
-        if args.file and args.question is not None:
-            raise ValueError("a question and --file: give one of the two")
-        if bool(args.file) != bool(args.out):
-            raise ValueError("--file and --out belong together")
-        if args.out and not args.out.absolute().parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
-        if args.out and args.out.is_dir():
-            raise ValueError(f"--out {args.out}: this is a folder; name a file for the answers")
+        run(parse(argv))
+    except KeyboardInterrupt:  # as most people leave a dialogue
+        complain("stopped by Ctrl-C")
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        complain(f"{error}; lower --max-new-tokens, or --batch-tokens of --file")
+        sys.exit(2)
+
+
+def run(args: argparse.Namespace):
+    try:
+        check(args)
         dtype = torch.bfloat16 if has_bfloat16(torch.device(args.device)) else torch.float32
         args.model = model_folder(args.model)
         model = Transformer.from_pretrained(args.model, args.device, dtype)
         tokenizer = data.load_tokenizer(args.model)
         rows = read_questions(args.file) if args.file else []
-    except (OSError, ValueError, RuntimeError) as error:  # the last: a device that is not there
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: no device
         complain(error)
         sys.exit(2)
     # train.py writes the authors' template into the folder of a model trained on messages with it.

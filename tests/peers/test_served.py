@@ -156,7 +156,7 @@ OWN = {  # family: the structure of its tokenizer, the class that its folder nam
     "qwen2": ("Qwen2", "Qwen2Tokenizer", None),
     "qwen3": ("Qwen2", "Qwen2Tokenizer", None),
     "phi3": ("Phi-3 by transformers 5", "LlamaTokenizer", "<s>"),
-    "phi": ("GPT-2, OPT, Phi-2", "GPT2Tokenizer", "<|both|>"),
+    "phi": ("GPT-2, OPT, Phi-2", "CodeGenTokenizer", "<|both|>"),
     "gpt2": ("GPT-2, OPT, Phi-2", "GPT2Tokenizer", "<|both|>"),
     "opt": ("GPT-2, OPT, Phi-2", "GPT2Tokenizer", "<|both|>"),
     "gemma": ("Gemma", "GemmaTokenizer", "<s>"),
@@ -226,6 +226,8 @@ def test_a_trained_model_answers_there_as_here(name, form, tmp_path):
     model = getattr(transformers, family + SUFFIX.get(family, "ForCausalLM"))(
         getattr(transformers, f"{family}Config")(**settings)
     )
+    if name == "opt":
+        model.config.prefix = bos  # as published: a pipeline writes it before the tokenizer's BOS
     model.save_pretrained(base)
     out, row = trained(base, form, tmp_path)
 
@@ -237,7 +239,9 @@ def test_a_trained_model_answers_there_as_here(name, form, tmp_path):
         text = ours.apply_chat_template(row["prompt"], add_generation_prompt=True)
         assert data.encode_prompt(ours, text, chat=True) == ids
     else:
-        ids = tokenizer(ASKED)["input_ids"]
+        asked = tokenizer(ASKED)
+        assert {*asked} == {"input_ids", "attention_mask"}  # a model refuses any other
+        ids = asked["input_ids"]
         assert data.encode_prompt(ours, ASKED) == ids
     answer = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
     answer = answer[0, len(ids) :].tolist()
@@ -246,5 +250,6 @@ def test_a_trained_model_answers_there_as_here(name, form, tmp_path):
     assert ours.decode(answer).strip().startswith(SAID)
     if form == "strings":
         pipeline = transformers.pipeline("text-generation", model=theirs, tokenizer=tokenizer)
+        assert not pipeline.prefix
         (said,) = pipeline(ASKED, max_new_tokens=40, do_sample=False, return_full_text=False)
         assert said["generated_text"].strip() == SAID

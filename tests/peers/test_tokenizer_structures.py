@@ -269,7 +269,8 @@ def test_ignored_merges(tmp_path):
 
 
 CLASSES = [(x, "llama") for x in ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")]
-CLASSES += [("GemmaTokenizer", "llama"), (None, "llama")]
+CLASSES += [("GemmaTokenizer", "llama"), ("CodeLlamaTokenizer", "llama"), (None, "llama")]
+CLASSES += [("TokenizersBackend", "llama"), ("CodeGenTokenizer", "phi")]
 CLASSES += [("LlamaTokenizer", "mistral"), ("LlamaTokenizer", "phi3")]  # read as they are
 
 
