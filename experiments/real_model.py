@@ -75,7 +75,7 @@ CLAIMS = {
 
 
 class Sizes(NamedTuple):
-    n_steps: int = 16
+    n_steps: int = 12
     batch_size: int = 16
     n_eval: int = 160  # held-out pairs
     n_choose: int = 48  # pairs of training instructions that choose the rate
