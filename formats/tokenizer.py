@@ -135,6 +135,7 @@ class Tokenizer:
 
     class_elsewhere: str | None = None  # the tokenizer_class to write, where another one is needed
     steps_elsewhere: dict | None = None  # the steps to write into tokenizer.json, likewise
+    has_prefix = False  # whether steps over bytes begin with putting a space in front of a text
     date: datetime.date | None = None  # the day that the chat template is told; None: today
 
     def __init__(self, file: Path, config: dict, vocab: dict, added: list[dict], defaults: dict):
@@ -283,8 +284,11 @@ class Tokenizer:
             named = {name: self.special_tokens.get(name) for name in ("bos_token", "eos_token")}
             changed = {name: text for name, text in named.items() if text} | changed
             changed["tokenizer_class"] = self.class_elsewhere
+        if changed.get("tokenizer_class") == "PreTrainedTokenizerFast":
             # Of this class transformers 4 would give a model token_type_ids, too.
             changed.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if self.has_prefix:  # transformers 4 takes it from here only
+            changed.setdefault("add_prefix_space", True)
         if isinstance(more := changed.get("extra_special_tokens"), list):  # as transformers 5 saves
             del changed["extra_special_tokens"]  # them; 4 takes only this name for a list
             changed.setdefault("additional_special_tokens", more)
@@ -461,6 +465,7 @@ class BPETokenizer(Tokenizer):
             normalizer, pre_tokenizer = with_prefix(asked, normalizer, pre_tokenizer)
         if self.anew:
             self.steps_elsewhere = {"normalizer": None, "pre_tokenizer": pre_tokenizer[0]}
+        self.has_prefix = over_bytes and bool(pre_tokenizer[0].get("add_prefix_space"))
         self.normalize = make_normalizer(normalizer)
         self.words = make_pre_tokenizer(pre_tokenizer)
         # Where a whole text is one word, and no merge reaches over a space, splitting in front of
@@ -520,6 +525,7 @@ def class_elsewhere(config: dict, normalizer: list[dict], pre_tokenizer: list[di
         # Of byte-level files 5.0 to 5.15 made a LlamaTokenizer over characters (#45488, #48206).
         "LlamaTokenizer": has_prefix and {*steps} <= {"Prepend", "Replace", "Metaspace"},
         "CodeLlamaTokenizer": False,
+        "CodeGenTokenizer": False,
         "GemmaTokenizer": steps in (["Replace", "Split"], ["Replace"]),
         "TokenizersBackend": False,
     }

@@ -255,7 +255,16 @@ def test_the_class_that_we_hand_on_is_read_alike_by_transformers_4_and_5(
     make_json(spec, tokenizer_class=kind).save_class(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == (elsewhere or kind)
-    assert config.get("model_input_names") == (elsewhere and ["input_ids", "attention_mask"])
+    named = ["input_ids", "attention_mask"] if elsewhere == "PreTrainedTokenizerFast" else None
+    assert config.get("model_input_names") == named
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_space_in_front_is_said_where_transformers_4_looks_for_it(prefix, make_json, tmp_path):
+    spec = byte_level() | {"pre_tokenizer": LEVEL | {"add_prefix_space": prefix}}
+    make_json(spec, tokenizer_class="PreTrainedTokenizerFast").save_class(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config.get("add_prefix_space", False) is prefix
 
 
 def test_special_tokens_that_transformers_5_has_saved_have_the_name_that_4_reads(
