@@ -148,7 +148,8 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
         if chat and row.chosen != row.rejected:
             return "identical responses, as the chat template leaves out what differs"
         return "identical responses"
-    if not prompt or (chat and not any(says(m) for m in row.prompt if m["role"] != "system")):
+    asked = [m for m in row.prompt if m["role"] != "system"] if chat else []
+    if not prompt or (asked and not any(map(says, asked))):
         return "empty prompt"
     if len(prompt) > max_prompt_length:
         return f"prompt over {max_prompt_length} tokens"

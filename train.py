@@ -357,8 +357,8 @@ def load_inputs(config: TrainConfig):
             raise ValueError(f"{config.data}: --eval-fraction leaves no pairs to train on")
     pairs = load_pairs("train", train_rows, tokenizer, config) if trains else []
     eval_pairs = load_pairs("eval", eval_rows, tokenizer, config)
-    tell_problems(model, tokenizer, pairs, eval_pairs)
     data.refuse_beyond(pairs + eval_pairs, tokenizer, model.config.vocab_size)
+    tell_problems(model, tokenizer, pairs, eval_pairs)
     return model, tokenizer, pairs, eval_pairs
 
 

@@ -197,6 +197,7 @@ def with_arguments(call):
 def tools_of(value) -> list | None:
     """The column of tools that a template is given: a list, or JSON text of one, or a list of JSON
     texts; None without any. Raises ValueError."""
+    value = without_nulls(value)  # those in a text of JSON are the author's own
     if isinstance(value, str):
         text, value = value, from_json(value)
         if isinstance(value, str):
@@ -208,7 +209,7 @@ def tools_of(value) -> list | None:
             return None
     if value and not isinstance(value, list):
         raise ValueError(f"tools must be a list, not {value!r:.40}")
-    return [*map(from_json, without_nulls(value))] if value else None
+    return [*map(from_json, value)] if value else None
 
 
 def kwargs_of(value) -> dict | None:

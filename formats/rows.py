@@ -93,7 +93,8 @@ def preference(row, where: str) -> Preference:
     """A row as parsed from JSON. Raises ValueError that says what is wrong with it, without
     `where`."""
     _check_keys(row)
-    name = next((key for key in PROMPTS if row.get(key) not in (None, [], "")), "prompt")
+    name = next((key for key in PROMPTS if row.get(key) not in (None, [], "")), None)
+    name = name or next((key for key in PROMPTS if row.get(key) == ""), "prompt")
     prompt, (chosen, rejected) = _read(row, name), read_answers(row)
     prompt, accept = (None if prompt == [] else prompt), row.get("accept")
     if not isinstance(accept, list | None) or not all(isinstance(x, str) for x in accept or ()):

@@ -376,6 +376,7 @@ def parse(argv: list[str] | None, about: str = "") -> TrainConfig:
     config.check_together()
     if config.resume and config.dtype is None:  # another device may have another default
         config.dtype = (read_settings(Path(config.out)) or {}).get("dtype")
+        config.check()
     return config
 
 

@@ -5,6 +5,7 @@ OUT/run.json          the settings, as --config takes them
 OUT/checkpoints/      step-N: the whole training state (run/saving.py)
 OUT/model, OUT/best   Hugging Face folders
 OUT/adapters          with --lora-adapters, in peft's form, and the tokenizer
+OUT/tensorboard       of tools/follow.py
 OUT/finished          the last step, written after everything else
 OUT/.lock             while a process works in it
 """
@@ -80,7 +81,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 LOCK = ".lock"
 FINISHED = "finished"  # a file with the last step
-FOLDERS = ("checkpoints", "model", "best", "adapters", "tensorboard")
+FOLDERS = ("checkpoints", "model", "best", "adapters")
 
 
 @contextlib.contextmanager
@@ -161,19 +162,26 @@ def claim_folder(config: TrainConfig):
         yield out
 
 
-def refuse_several(out: Path):
+def refuse_several(out: Path, patience: float = 90):
     """Raises ValueError in a process that has another folder under this name than process 0, as on
-    machines without a file system in common: a checkpoint would be scattered over them."""
+    machines without a file system in common: a checkpoint would be scattered over them.
+
+    Patient for so many seconds, as NFS may remember for up to a minute that there was no folder.
+    """
     if world_size() == 1:
         return
     marker = out / f".seen-{max_over_processes(time.time_ns())}"
-    if rank() == 0:
-        marker.touch()
-    barrier()
-    seen = marker.exists()
-    barrier()
-    if rank() == 0:
-        marker.unlink()
+    try:
+        if rank() == 0:
+            marker.touch()
+        barrier()
+        end = time.monotonic() + patience
+        while not (seen := marker.exists()) and time.monotonic() < end:
+            time.sleep(1)
+        barrier()
+    finally:
+        if rank() == 0:
+            marker.unlink(missing_ok=True)
     if not seen:
         raise ValueError(f"--out {out}: name a folder that all machines share; this one is not")
 
@@ -196,7 +204,7 @@ def begin_folder(out: Path, start: int, config: TrainConfig):
         return
     if config.overwrite and not config.resume and holds_run(out):
         # The rows last: as long as they are there, whoever is killed here has a run to overwrite.
-        for name in (*FOLDERS, FINISHED, SETTINGS, "metrics.jsonl"):
+        for name in (*FOLDERS, "tensorboard", FINISHED, SETTINGS, "metrics.jsonl"):
             remove(out / name)
             if os.path.lexists(out / name):  # a later --resume would take what is left of it
                 raise ValueError(f"--overwrite: {out / name} cannot be removed; name another --out")

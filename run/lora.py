@@ -4,6 +4,7 @@ By hand and not by peft, which needs transformers' models: a projection with an 
 more. model.py knows nothing of them.
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formats.families import FAMILIES, stored_names
+from formats.files import model_folder
 from formats.weights import write_safetensors
 from model import Linear, Transformer
 
@@ -92,13 +94,17 @@ def write_adapters(
         tensors[f"{name}.lora_B.weight"] = torch.block_diag(*(lora_B for _, lora_B in parts))
         parts_of[module.rpartition(".")[2]] = len(parts)
     joined = {module: n for module, n in parts_of.items() if n > 1}
-    base = str(Path(base).resolve())
-    if of_hub := re.search(r"/models--([^/]+)/snapshots/[^/]+$", base):  # its name, not our cache
-        base = of_hub[1].replace("--", "/")
+    base, revision = Path(base).resolve(), None
+    if of_hub := re.search(r"/models--([^/]+)/snapshots/([^/]+)$", str(base)):
+        name = of_hub[1].replace("--", "/")
+        with contextlib.suppress(FileNotFoundError):
+            if model_folder(name, weights=False).resolve() == base:  # a name that is not this
+                base, revision = name, of_hub[2]  # machine's only
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(base),
+        "revision": revision,
         "target_modules": sorted(parts_of),
         "r": rank,
         "lora_alpha": alpha,  # peft multiplies by alpha / r, as we do

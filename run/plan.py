@@ -124,9 +124,9 @@ def tell_problems(model: Transformer, tokenizer, pairs: list[Pair], eval_pairs: 
     """Warns of what a user should know of the pairs before the first step."""
     tell_overlap(pairs, eval_pairs)
     if names := unlearnable(model, tokenizer, pairs):
-        text = f"warning: adapters do not change lm_head, whose rows of {', '.join(names)} are zero"
-        tell("", f"{text} or like other tokens': the model cannot learn when to write them.")
-        tell("", "Train without --lora-rank, or on a model or a chat template that ends otherwise")
+        text = f"warning: the rows of lm_head for {', '.join(names)} are zero, or equal to those of"
+        tell("", f"{text} other tokens, and adapters do not change lm_head: the model cannot learn")
+        tell("", "to write them. Train without --lora-rank, or use a chat template without them.")
 
 
 def unlearnable(model: Transformer, tokenizer, pairs: list[Pair]) -> list[str]:
@@ -193,7 +193,8 @@ def tell_slow_bfloat16(config: TrainConfig):
         slower = product_rate(torch.float32) / product_rate(torch.bfloat16)
         if slower > 1.2:
             text = f"products in bfloat16 take {slower:.1f} times as long as in float32 on this CPU"
-            tell("", f"warning: {text}: use --dtype float32")
+            advice = "" if config.resume else ": use --dtype float32"
+            tell("", f"warning: {text}{advice}")
 
 
 def step_flops(model: Transformer, pairs: list[Pair], config: TrainConfig) -> int:

@@ -147,7 +147,8 @@ def pick_device(config: TrainConfig) -> torch.device:
     config.device = str(device)
     config.dtype = config.dtype or ("bfloat16" if has_bfloat16(device) else "float32")
     if config.dtype == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
-        raise ValueError(f"--dtype bfloat16: {device} is a GPU without it; use --dtype float32")
+        advice = "resume on another, or start a new run" if config.resume else "use --dtype float32"
+        raise ValueError(f"--dtype bfloat16: {device} is a GPU without it; {advice}")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what float32 is left goes through tf32
         torch.cuda.set_device(device)
@@ -162,7 +163,8 @@ def pick_device(config: TrainConfig) -> torch.device:
             reason = str(error).partition("\n")[0]
             advice = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the machines' common network"
             problem = f"the processes do not find each other ({reason:.300})"
-            raise ValueError(f"{problem}; {advice} interface, and look at MASTER_ADDR") from None
+            advice = f"{advice} interface, and look at MASTER_ADDR and MASTER_PORT"
+            raise ValueError(f"{problem}; {advice}") from None
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device

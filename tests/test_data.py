@@ -459,6 +459,8 @@ def test_messages_that_ask_nothing_are_an_empty_prompt(prompt, tokenizer):
     """Whatever the template writes around them."""
     row = row_of(prompt, [assistant("a")], [assistant("b")])
     assert encode_pair(tokenizer, row, 999, 999) == "empty prompt"
+    row = row._replace(prompt=[SYSTEM])  # which may ask by itself
+    assert isinstance(encode_pair(tokenizer, row, 999, 999), Pair)
 
 
 def test_an_empty_prompt_gives_way_to_another_column(tmp_path):
@@ -466,6 +468,9 @@ def test_an_empty_prompt_gives_way_to_another_column(tmp_path):
     row = {"prompt": "", "question": "What is 2 + 2?", "chosen": " 4.", "rejected": " 5."}
     (got,) = load_preferences(write_rows(tmp_path / "rows.jsonl", row))
     assert (got.prompt, got.chosen) == ("What is 2 + 2?", " 4.")
+    row = {"question": "", "chosen": "It is 4.", "rejected": "It is 5.", "system": "s"}
+    (got,) = load_preferences(write_rows(tmp_path / "rows.jsonl", row))
+    assert (got.prompt, got.chosen) == ("", "It is 4.")  # it has one, and that is empty
 
 
 def test_a_template_that_writes_none_in_place_of_no_content_is_refused(tokenizer):

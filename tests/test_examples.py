@@ -245,13 +245,28 @@ def test_a_split_of_a_file_is_its_rows_with_that_name(tmp_path):
     rows = [QA | {"prompt": messages(f"u:{i}"), "split": x} for i, x in enumerate(names)]
     file.write_text("\n".join(map(json.dumps, rows)))
     printed = prepared(file, "--out", out)
-    assert "warning: the rows are of several splits (train 2, validation 1): --split" in printed
+    assert "warning: the rows are of several splits (train 2, validation 1): name" in printed
     printed = prepared(file, "--out", out, "--split", "validation")
     assert "1 pairs of 3 rows" in printed and "left out: 2 rows of other splits" in printed
     assert [row.prompt[0]["content"] for row in data.load_preferences(out)] == ["1"]
     error = prepared(file, "--out", out, "--split", "test", code=2)
-    assert "all.jsonl: --split test: no row has this name in a column `split`" in error
+    assert "all.jsonl: no row has 'test' in a column `split`, as --split asks" in error
     assert out.read_text().count("\n") == 1
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(QA) + "\n{")  # without a split, and broken
+    printed = prepared(file, other, "--out", out, "--split", "train")
+    assert "2 pairs of 5 rows" in printed and "left out: 2 rows of other splits" in printed
+    assert "dropped: 1 not JSON" in printed
+
+
+def test_a_split_of_a_folder_takes_its_files_whole(tmp_path):
+    """Also where their rows name other splits in a column, which is then said."""
+    (tmp_path / "hub").mkdir()
+    rows = [QA | {"split": name} for name in ("train", "validation")]
+    (tmp_path / "hub" / "preference.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = prepared(tmp_path / "hub", "--split", "preference", "--out", tmp_path / "out")
+    assert "2 pairs of 2 rows" in printed and "left out" not in printed
+    assert "several splits (train 1, validation 1): name the file itself and --split" in printed
 
 
 def test_an_input_that_adds_nothing_is_named(tmp_path):
@@ -272,7 +287,7 @@ def test_prepare_writes_through_a_link_and_over_no_device(tmp_path):
     assert link.is_symlink() and real.read_text().count("\n") == 1
     os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
     error = prepared(file, "--out", tmp_path / "pipe", code=2)
-    assert "pipe: is no file; name one for the pairs" in error
+    assert "pipe: is not a file; name one for the pairs" in error
     assert (tmp_path / "pipe").is_fifo()
 
 
@@ -522,7 +537,8 @@ def test_sample_says_what_is_wrong_with_its_input(tmp_path):
         (["--temperature", "nan"], "--temperature nan: a number from 0 is wanted"),
         (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: a number above 0 and up to 1"),
         (["--top-p", "0.9"], "--top-p: at --temperature 0, the default, nothing is sampled"),
-        (["--device", "cuda:77"], ""),
+        (["--device", "cuda:77"], "--device cuda:77: "),
+        (["--device", "gpu"], "--device gpu: "),
     ],
 )
 def test_sample_refuses_flags_that_mean_nothing(flags, words):
@@ -716,14 +732,16 @@ def test_a_run_is_followed_by(to, runs, monkeypatch):
             close=lambda: sent.append("end"),
         )
         (runs[0] / "tensorboard").mkdir()
-        (runs[0] / "tensorboard" / "events.of.an.earlier.follow.py").touch()
+        for name in ("events.out.tfevents.1", "mine"):
+            (runs[0] / "tensorboard" / name).touch()
         module = SimpleNamespace(SummaryWriter=lambda out, flush_secs: sent.append(out.name) or add)
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(follow, "find_spec", lambda _: True)
     monkeypatch.setattr(follow, "follow", lambda out, send: send(3, {"loss": 1.5}))
     follow.main([str(runs[0]), "--to", to])
     assert sent == ["tensorboard"] * (to == "tensorboard") + [(3, 1.5), "end"]
-    assert not (runs[0] / "tensorboard").exists()  # its rows were sent anew
+    if to == "tensorboard":  # an earlier follow.py's rows are sent anew, and nothing else goes
+        assert [file.name for file in (runs[0] / "tensorboard").iterdir()] == ["mine"]
 
 
 def test_a_follower_that_is_not_installed_or_has_no_run_says_so(tmp_path):

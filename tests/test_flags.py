@@ -345,6 +345,7 @@ def test_of_srun_each_process_may_see_only_its_own_card(by_torchrun, index, monk
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("run.processes.has_bfloat16", lambda device: True)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

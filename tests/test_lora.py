@@ -256,13 +256,24 @@ def test_adapters_then_an_export_then_the_whole_model(arguments, tmp_path):
     assert named["base_model_name_or_path"] == model
 
 
-def test_adapters_name_a_model_of_the_hub_and_not_this_machines_cache(tmp_path):
-    for name in ("hub/models--ORG--NAME-7B/snapshots/abc", "hub/models--gpt2/snapshots/abc"):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        write_adapters(folder, "llama", {}, 2, 4.0, folder)
-        named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        assert named == ("gpt2" if "gpt2" in name else "ORG/NAME-7B")
+@pytest.mark.parametrize("newest", ["abc", "def"])
+@pytest.mark.parametrize("name", ["ORG/NAME-7B", "gpt2"])
+def test_adapters_name_a_model_of_the_hub_and_not_this_machines_cache(
+    name, newest, tmp_path, monkeypatch
+):
+    """Where that name means the same weights there."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / f"models--{name.replace('/', '--')}"
+    folder = model / "snapshots" / "abc"
+    for folder_of_it in (folder, model / "snapshots" / newest):
+        folder_of_it.mkdir(parents=True, exist_ok=True)
+        (folder_of_it / "config.json").write_text("{}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(newest)
+    write_adapters(tmp_path, "llama", {}, 2, 4.0, folder)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    wanted = (name, "abc") if newest == "abc" else (str(folder), None)
+    assert (found["base_model_name_or_path"], found["revision"]) == wanted
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -60,6 +60,7 @@ def test_keys_that_only_other_rows_have_are_left_out_of_calls_and_tools():
     tool = {"type": "function", "function": {"parameters": {"city": {"type": "string"}, "x": None}}}
     (got,) = tools_of([tool])
     assert got["function"]["parameters"] == {"city": {"type": "string"}}
+    assert tools_of(json.dumps([tool])) == tools_of([json.dumps(tool)]) == [tool]
 
 
 def test_other_keys_stay_and_calls_are_objects():

@@ -430,7 +430,7 @@ def test_tokens_that_adapters_cannot_learn_to_write_are_named(change, named, cap
     assert unlearnable(model, tokenizer, pairs) == named
     tell_problems(model, tokenizer, pairs, [])
     said = capsys.readouterr().out
-    assert ("the model cannot learn when to write them" in said) == bool(named)
+    assert ("adapters do not change lm_head" in said) == bool(named)
 
 
 HOLDING = """

@@ -83,7 +83,7 @@ def test_a_folder_that_only_one_machine_has_is_refused(shared, tmp_path, monkeyp
         (tmp_path / ".seen-17").touch()
         return refuse_several(tmp_path)
     with pytest.raises(ValueError, match="name a folder that all machines share; this one is not"):
-        refuse_several(tmp_path)
+        refuse_several(tmp_path, patience=0)
 
 
 def test_overwrite_replaces_an_earlier_run_and_nothing_else(arguments, tmp_path, capsys):

@@ -288,11 +288,10 @@ def test_a_token_beyond_the_embedding_is_named_and_refused_only_where_a_row_has_
     flags = [*arguments, "--model", str(base), "--data", str(rows), "--eval-data", str(rows)]
     run(flags, "--max-steps", "1")
     assert f"'<pad>' {n}: beyond the embedding's {n} rows" in capsys.readouterr().out
-    write(rows, {"prompt": "q", "chosen": "a", "rejected": "b<pad>"})
-    message = fails(capsys, [*flags, "--overwrite"])
-    assert (
-        f"rows.jsonl:1: has the token '<pad>', {n}, and the embedding ends with {n - 1}" in message
-    )
+    named = f"rows.jsonl:1: has the token '<pad>', {n}, and the embedding ends with {n - 1}"
+    for answers, more in (("a", "b<pad>"), []), (("a<pad>", "b"), ["--lora-rank", "2"]):
+        write(rows, {"prompt": "q"} | dict(zip(("chosen", "rejected"), answers, strict=True)))
+        assert named in fails(capsys, [*flags, "--overwrite", *more])
 
 
 def test_the_stops_are_whole_numbers(base):

@@ -7,7 +7,6 @@ Needs the package of that name. What --resume computes again is not sent again.
 """
 
 import argparse
-import shutil
 import sys
 import time
 from importlib.util import find_spec
@@ -26,7 +25,8 @@ def sender(to: str, out: Path):
         return lambda step, numbers: run.log(numbers, step=step), run.finish
     from torch.utils.tensorboard import SummaryWriter
 
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)  # all rows are sent anew
+    for file in (out / "tensorboard").glob("events.out.tfevents.*"):  # all rows are sent anew
+        file.unlink()
     writer = SummaryWriter(out / "tensorboard", flush_secs=5)
 
     def send(step, numbers):

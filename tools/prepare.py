@@ -25,7 +25,6 @@ of a file it takes the rows with that name in a column `split`.
 
 import gzip
 import importlib.util
-import itertools
 import json
 import re
 import sys
@@ -100,30 +99,36 @@ def read(path: Path):
         raise ValueError(f"{path}: broken: {error!s:.300}") from None
 
 
-def rows_of(file: Path, split: str | None, seen: Counter):
-    """Yields (FILE:NUMBER, row); with a split only those that have this name in a column `split`.
-    `seen` counts all rows by (file, that name). Raises ValueError."""
-    for number, row in read(file):
-        name = row.get("split") if isinstance(row, dict) else None
-        name = name if isinstance(name, str) else None
-        seen[file, name] += 1
-        if split in (None, name) or isinstance(row, ValueError):
-            yield f"{file}:{number}", row
-    if split and not seen[file, split]:
-        raise ValueError(f"{file}: --split {split}: no row has this name in a column `split`")
+def rows_of(files: dict[Path, str | None], seen: Counter):
+    """Yields (FILE:NUMBER, row): of a file that has a split here only the rows with this name in a
+    column `split`. `seen` counts all rows by (file, that name). Raises ValueError."""
+    for file, split in files.items():
+        for number, row in read(file):
+            name = row.get("split") if isinstance(row, dict) else None
+            seen[file, name if isinstance(name, str) else None] += 1
+            if split in (None, name) or isinstance(row, ValueError):
+                yield f"{file}:{number}", row
+    asked = [(file, split) for file, split in files.items() if split]
+    if asked and not any(seen[key] for key in asked):
+        named = ", ".join(str(file) for file, _ in asked)
+        raise ValueError(
+            f"{named}: no row has {asked[0][1]!r} in a column `split`, as --split asks"
+        )
 
 
-def about_splits(files: list[Path], split: str | None, seen: Counter) -> list[str]:
+def about_splits(files: dict[Path, str | None], n_used: int, seen: Counter) -> list[str]:
     """What a user should know of the splits that rows_of has counted, in lines."""
-    names = Counter()
-    for (_, name), n in seen.items():
-        names[name] += n
     lines = [f"warning: {file}: no rows" for file in files if not any(file == f for f, _ in seen)]
-    if split and (others := sum(n for name, n in names.items() if name not in (None, split))):
+    if others := seen.total() - n_used:
         lines.append(f"left out: {others} rows of other splits")
-    elif not split and len(names) > 1:
-        counted = ", ".join(f"{name or 'none'} {n}" for name, n in names.most_common())
-        lines.append(f"warning: the rows are of several splits ({counted}): --split takes one")
+    whole = {file for file, split in files.items() if not split}
+    names = Counter()
+    for (file, name), n in seen.items():
+        names[name] += n if file in whole and name else 0
+    if len(+names) > 1:
+        counted = ", ".join(f"{name} {n}" for name, n in names.most_common(5))
+        advice = "name the file itself and --split to have one of them"
+        lines.append(f"warning: the rows are of several splits ({counted}): {advice}")
     return lines
 
 
@@ -203,15 +208,15 @@ def prepare(
     if files:
         print(f"taken: {', '.join(map(str, files))}")
     files |= {file: split for path in inputs if not path.is_dir() for file in files_of(path, None)}
-    rows, forms, seen, dropped, odd = [], Counter(), Counter(), Counted(), Counted()
+    rows, n, forms, seen, dropped, odd = [], 0, Counter(), Counter(), Counted(), Counted()
     target = out.resolve()  # of a link, so that it stays one
     if target.exists() and not target.is_file():
-        raise ValueError(f"{out}: is no file; name one for the pairs")
+        raise ValueError(f"{out}: is not a file; name one for the pairs")
     beside = target.with_name(target.name + ".tmp")
     try:
         with open(beside, "wb") as f:
-            parts = (rows_of(file, name, seen) for file, name in files.items())
-            for where, row in itertools.chain.from_iterable(parts):
+            for where, row in rows_of(files, seen):
+                n += 1
                 try:
                     found, form = convert(row, where, column, answers)
                     f.write(line_of(found))
@@ -224,9 +229,7 @@ def prepare(
                     odd.add(note, where)
         if not rows:
             reasons = "; ".join(dropped.lines()) or "the files are empty"
-            raise ValueError(
-                f"{next(iter(files))}: no pairs left of {seen.total()} rows: {reasons}"
-            )
+            raise ValueError(f"{next(iter(files))}: no pairs left of {n} rows: {reasons}")
         beside.replace(target)
     except OSError as error:  # of writing: `read` makes its own a ValueError
         raise OSError(f"{out}: cannot be written: {error.strerror}") from None
@@ -240,7 +243,7 @@ def prepare(
         text = f"{len(texts)} rows are text (first: {texts[0]}), and the others are messages; only"
         more = "messages get the chat template; --prompt prompt makes messages of all"
         print(f"  warning: {text} {more}")
-    lines = about_splits([*files], split, seen)
+    lines = about_splits(files, n, seen)
     lines += [f"dropped: {line}" for line in dropped.lines()]
     lines += [f"warning: {line}" for line in odd.lines()]
     for line in lines + warnings_of(rows):

@@ -205,6 +205,15 @@ def check(args: argparse.Namespace):
         raise ValueError("--top-p: at --temperature 0, the default, nothing is sampled; give both")
 
 
+def dtype_on(device: str) -> torch.dtype:
+    """bfloat16 where the device has it. Raises ValueError where there is no such device."""
+    try:
+        return torch.bfloat16 if has_bfloat16(torch.device(device)) else torch.float32
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device}: {reason}") from None
+
+
 def main(argv=None):
     try:
         run(parse(argv))
@@ -219,14 +228,12 @@ def main(argv=None):
 def run(args: argparse.Namespace):
     try:
         check(args)
-        dtype = torch.bfloat16 if has_bfloat16(torch.device(args.device)) else torch.float32
+        dtype = dtype_on(args.device)
         args.model = model_folder(args.model)
         model = Transformer.from_pretrained(args.model, args.device, dtype)
         tokenizer = data.load_tokenizer(args.model)
         rows = read_questions(args.file) if args.file else []
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: no device
+    except (OSError, ValueError, RuntimeError) as error:  # the last: it does not fit the device
         complain(error)
         sys.exit(2)
     # train.py writes the authors' template into the folder of a model trained on messages with it.
