@@ -357,7 +357,7 @@ MUTANTS = [
     Mutant("windows that are switched off are there", "formats/config.py",
            'found.get("use_sliding_window")', '"use_sliding_window" in found', "families"),
     Mutant("a stale dtype beside torch_dtype", "formats/config.py",
-           'left_out = ("dtype", "auto_map", "prefix")', 'left_out = ("auto_map", "prefix")', "families"),
+           'left_out = ("dtype", "auto_map"', 'left_out = ("auto_map"', "families"),
     Mutant("each tensor is a file after the first shard", "formats/weights.py",
            "shards, size = [*shards, {}], 0", "shards = [*shards, {}]", "weights"),
     Mutant("a pair without a response is let in", "orpo.py",
