@@ -438,6 +438,7 @@ def bytes_with_bos(folder):
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # as published ones have it
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
