@@ -138,7 +138,7 @@ def encode_pair(tokenizer, row: Preference, max_length: int, max_prompt_length: 
     (chosen, had_bos), (rejected, had_bos_too) = (
         encode_response(tokenizer, x, prompt) for x in texts.responses
     )
-    if not all(said):
+    if not all(said):  # a template writes something around it all the same
         return "empty response"
     if not (chosen and rejected):
         return "the chat template writes nothing of a response" if chat else "empty response"

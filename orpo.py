@@ -280,6 +280,9 @@ def _join_cut_groups(groups: list[tuple[int, int]], response: Tensor) -> list[tu
 
 
 class _FusedLinearORPO(torch.autograd.Function):
+    """What fused_linear_orpo computes, of hidden (N, D) and lm_head (V, D). Forward forms both
+    gradients too, group by group while the logits are there; backward only multiplies them."""
+
     @staticmethod
     def forward(ctx, hidden, lm_head, needs_grad, data):
         targets, response, nll_weight, lam, n_pairs, lengths, groups = data

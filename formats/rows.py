@@ -93,6 +93,7 @@ def preference(row, where: str) -> Preference:
     """A row as parsed from JSON. Raises ValueError that says what is wrong with it, without
     `where`."""
     _check_keys(row)
+    # An empty prompt gives way to another column that asks.
     name = next((key for key in PROMPTS if row.get(key) not in (None, [], "")), None)
     name = name or next((key for key in PROMPTS if row.get(key) == ""), "prompt")
     prompt, (chosen, rejected) = _read(row, name), read_answers(row)
@@ -277,9 +278,9 @@ def warnings_of(rows: list[Preference]) -> list[str]:
         text = f"warning: {len(odd)} of {len(rows)} rows have answers that look like messages in"
         warnings.append(f"{text} JSON, and are trained on as text (first: {odd[0].where})")
     if empty := [row for row in rows if not row.prompt]:
-        text = f"{len(empty)} of {len(rows)} prompts are empty (first: {empty[0].where})"
-        all_of_them = len(empty) == len(rows)
-        warnings.append(f"warning: {'all prompts are empty' if all_of_them else text}")
+        some = f"{len(empty)} of {len(rows)} prompts are empty (first: {empty[0].where})"
+        text = "all prompts are empty" if len(empty) == len(rows) else some
+        warnings.append(f"warning: {text}")
     # The last character of the prompt and the first of the answer. Not all scripts have spaces.
     joined = re.compile(r"[\w.,:;?!)][^\W_]", re.ASCII)
     joins = [

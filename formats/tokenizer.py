@@ -287,10 +287,11 @@ class Tokenizer:
         if changed.get("tokenizer_class") == "PreTrainedTokenizerFast":
             # Of this class transformers 4 would give a model token_type_ids, too.
             changed.setdefault("model_input_names", ["input_ids", "attention_mask"])
-        if self.has_prefix:  # transformers 4 takes it from here only
+        if self.has_prefix:  # transformers 4 believes this file, and not tokenizer.json
             changed.setdefault("add_prefix_space", True)
-        if isinstance(more := changed.get("extra_special_tokens"), list):  # as transformers 5 saves
-            del changed["extra_special_tokens"]  # them; 4 takes only this name for a list
+        # transformers 5 saves a list under the first name; 4 reads lists only under the second.
+        if isinstance(more := changed.get("extra_special_tokens"), list):
+            del changed["extra_special_tokens"]
             changed.setdefault("additional_special_tokens", more)
         if str(changed.get("tokenizer_class")).startswith("LlamaTokenizer"):
             changed.setdefault("legacy", False)  # transformers 4 and 5 have different defaults

@@ -416,8 +416,10 @@ def read_config(file: Path) -> dict:
     for name in PATHS:
         if isinstance(value := settings.get(name), str):
             beside = os.path.relpath(file.parent / value)
-            on_hub = name == "model" and "/" in value and re.fullmatch(HUB_NAME, value)
-            there = os.path.exists(beside) or os.path.exists(value)
-            settings[name] = value if on_hub and not there else beside
+            # ORG/NAME may be a model on the hub, if there is no such folder. One in the current
+            # folder is not meant, but shows that the value is a path.
+            is_path = os.path.exists(beside) or os.path.exists(value)
+            may_be_on_hub = name == "model" and "/" in value and re.fullmatch(HUB_NAME, value)
+            settings[name] = value if may_be_on_hub and not is_path else beside
     TrainConfig(**settings).check(f"{file}: ")
     return settings

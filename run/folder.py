@@ -155,18 +155,18 @@ def claim_folder(config: TrainConfig):
         problem = f"holds {' and '.join(found)}, which no run has made; name another folder"
         raise ValueError(f"--out {out}: {problem}")
     with locked(out) if rank() == 0 else contextlib.nullcontext():
-        refuse_several(out)
+        refuse_unshared(out)
         if holds_run(out) and not (config.resume or config.overwrite):
             problem = "holds a run; add --resume or --overwrite, or name another folder"
             raise ValueError(f"--out {out}: {problem}")
         yield out
 
 
-def refuse_several(out: Path, patience: float = 90):
+def refuse_unshared(out: Path, seconds: float = 90):
     """Raises ValueError in a process that has another folder under this name than process 0, as on
-    machines without a file system in common: a checkpoint would be scattered over them.
+    machines without a common file system: a checkpoint would be scattered over them.
 
-    Patient for so many seconds, as NFS may remember for up to a minute that there was no folder.
+    Waits up to `seconds` for the folder, because NFS may answer for a minute that there is none.
     """
     if world_size() == 1:
         return
@@ -175,7 +175,7 @@ def refuse_several(out: Path, patience: float = 90):
         if rank() == 0:
             marker.touch()
         barrier()
-        end = time.monotonic() + patience
+        end = time.monotonic() + seconds
         while not (seen := marker.exists()) and time.monotonic() < end:
             time.sleep(1)
         barrier()
@@ -183,7 +183,9 @@ def refuse_several(out: Path, patience: float = 90):
         if rank() == 0:
             marker.unlink(missing_ok=True)
     if not seen:
-        raise ValueError(f"--out {out}: name a folder that all machines share; this one is not")
+        raise ValueError(
+            f"--out {out}: this folder is not shared by all machines; name one that is"
+        )
 
 
 def existing_parent(path: Path) -> Path:

@@ -96,10 +96,11 @@ def write_adapters(
     joined = {module: n for module, n in parts_of.items() if n > 1}
     base, revision = Path(base).resolve(), None
     if of_hub := re.search(r"/models--([^/]+)/snapshots/([^/]+)$", str(base)):
+        # The path means something on this machine only. The name is as good, if it leads to it.
         name = of_hub[1].replace("--", "/")
         with contextlib.suppress(FileNotFoundError):
-            if model_folder(name, weights=False).resolve() == base:  # a name that is not this
-                base, revision = name, of_hub[2]  # machine's only
+            if model_folder(name, weights=False).resolve() == base:
+                base, revision = name, of_hub[2]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     steps_an_epoch: int
     largest: list[Pair]  # the micro-batch of most tokens
     several: bool  # some step has several micro-batches in a process
-    widest: list[Pair] | tuple = ()  # that with most logits at a time, if it is another
+    widest: list[Pair] | tuple = ()  # the one with most logits at a time, if it is another
 
 
 def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainConfig) -> Plan:
@@ -92,7 +92,7 @@ def make_plan(model: Transformer, tokenizer, pairs: list[Pair], config: TrainCon
 
 
 def most_logits(pairs: list[Pair]) -> int:
-    """The most rows of logits that are there together, as those of a pair must be."""
+    """The most rows of logits in memory at once: those of one pair cannot be divided."""
     return max((sum(pair.lengths[1:]) for pair in pairs), default=0)
 
 
@@ -137,7 +137,7 @@ def unlearnable(model: Transformer, tokenizer, pairs: list[Pair]) -> list[str]:
         return []
     special = tokenizer.added_ids | {tokenizer.eos_id}
     used = special & {*np.unique(np.concatenate([pair.chosen for pair in pairs])).tolist()}
-    first = head[:, :64]  # of two rows that differ, these do
+    first = head[:, :64]  # enough to tell two rows apart
     alike = [i for i in sorted(used) if not head[i].any() or (first == first[i]).all(1).sum() > 1]
     return [repr(tokenizer.decode([i])) for i in alike]
 

@@ -64,7 +64,7 @@ def digest(pairs: list[Pair]) -> str:
     return f"{len(pairs)} pairs, {sha256.hexdigest()[:16]}"
 
 
-NONE = digest([])  # of a run without evaluation
+NO_PAIRS = digest([])  # of a run without evaluation
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints.
@@ -171,8 +171,8 @@ def load_checkpoint(run: Run) -> int:
                 print(f"--resume: --model was {then}; its weights are those of {folder}")
         for name, now in run.digests.items():
             then = settings.get("pairs", run.digests)[name]
-            if now != then and NONE in (now, then):
-                had, do = ("had", "give") if now == NONE else ("had no", "leave out")
+            if now != then and NO_PAIRS in (now, then):
+                had, do = ("had", "give") if now == NO_PAIRS else ("had no", "leave out")
                 raise ValueError(f"--resume: {folder} {had} evaluation pairs: {do} --eval-data")
             if now != then:
                 file = getattr(config, name) or config.data

@@ -672,7 +672,7 @@ MUTANTS = [
     Mutant("an empty prompt comes before a question", "formats/rows.py",
            'not in (None, [], "")), None)', "not in (None, [])), None)", "data"),
     Mutant("missing evaluation pairs are blamed on the training file", "run/saving.py",
-           "if now != then and NONE in (now, then):", "if False:", "resume"),
+           "if now != then and NO_PAIRS in (now, then):", "if False:", "resume"),
     Mutant("HelpSteer2's turns are one question", "tools/forms.py",
            'or "<extra_id_1>" not in asked:', "or True:", "forms"),
     # Known to be equivalent: they count apart, and as noticed where a test fails all the same.

@@ -536,7 +536,7 @@ def test_sample_says_what_is_wrong_with_its_input(tmp_path):
         (["--temperature", "-1"], "--temperature -1.0: a number from 0 is wanted"),
         (["--temperature", "nan"], "--temperature nan: a number from 0 is wanted"),
         (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: a number above 0 and up to 1"),
-        (["--top-p", "0.9"], "--top-p: at --temperature 0, the default, nothing is sampled"),
+        (["--top-p", "0.9"], "--top-p: has no effect at --temperature 0, the default"),
         (["--device", "cuda:77"], "--device cuda:77: "),
         (["--device", "gpu"], "--device gpu: "),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from run.flags import settings_of
-from run.folder import FOLDERS, is_finished, locked, refuse_several, replaced, tidy
+from run.folder import FOLDERS, is_finished, locked, refuse_unshared, replaced, tidy
 from tests.runs import fails, file_bytes, run
 
 
@@ -81,9 +81,11 @@ def test_a_folder_that_only_one_machine_has_is_refused(shared, tmp_path, monkeyp
     monkeypatch.setattr("run.folder.barrier", lambda: None)
     if shared:
         (tmp_path / ".seen-17").touch()
-        return refuse_several(tmp_path)
-    with pytest.raises(ValueError, match="name a folder that all machines share; this one is not"):
-        refuse_several(tmp_path, patience=0)
+        return refuse_unshared(tmp_path)
+    with pytest.raises(
+        ValueError, match="this folder is not shared by all machines; name one that is"
+    ):
+        refuse_unshared(tmp_path, seconds=0)
 
 
 def test_overwrite_replaces_an_earlier_run_and_nothing_else(arguments, tmp_path, capsys):

@@ -204,10 +204,13 @@ def prepare(
 ):
     """Writes `out`, which may be one of the inputs and stays as it is where there is an error.
     Raises OSError and ValueError with the name of a file."""
-    files = {file: None for path in inputs if path.is_dir() for file in files_of(path, split)}
-    if files:
+    files = {
+        file: None if path.is_dir() else split  # a folder's split is some of its files
+        for path in inputs
+        for file in files_of(path, split)
+    }
+    if any(path.is_dir() for path in inputs):
         print(f"taken: {', '.join(map(str, files))}")
-    files |= {file: split for path in inputs if not path.is_dir() for file in files_of(path, None)}
     rows, n, forms, seen, dropped, odd = [], 0, Counter(), Counter(), Counted(), Counted()
     target = out.resolve()  # of a link, so that it stays one
     if target.exists() and not target.is_file():

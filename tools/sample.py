@@ -202,7 +202,7 @@ def check(args: argparse.Namespace):
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p}: a number above 0 and up to 1 is wanted")
     if args.top_p is not None and args.temperature == 0:
-        raise ValueError("--top-p: at --temperature 0, the default, nothing is sampled; give both")
+        raise ValueError("--top-p: has no effect at --temperature 0, the default; give both flags")
 
 
 def dtype_on(device: str) -> torch.dtype:
